@@ -337,10 +337,10 @@ class MeshSpec:
             _at_least("mesh.data", self.data, 1)
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """Axis sizes (seed, data, head) on so many devices; all of them are used."""
+        """Axis sizes (seed, data, head) on so many devices."""
         fixed = self.seed * self.head
         data = self.data if self.data is not None else max(num_devices // fixed, 1)
-        if fixed * data != num_devices:
+        if fixed * data > num_devices:
             raise UserError(
                 f"mesh seed={self.seed} x data={data} x head={self.head} needs {fixed * data} devices; "
                 f"there are {num_devices}"
@@ -378,13 +378,16 @@ class RunSpec:
             raise UserError(f"task='translation' needs data.source='parallel' or 'tfds', not {self.data.source!r}")
         if self.task == "classification" and not self.data.num_classes:
             raise UserError("task='classification' needs data.num_classes")
+        if self.parallel == "pmap" and (self.mesh.seed, self.mesh.head) != (1, 1):
+            raise UserError(
+                f"parallel='pmap' splits data only; mesh.seed={self.mesh.seed} and mesh.head={self.mesh.head} need 'jit'"
+            )
         if len(self.seeds) % self.mesh.seed:
             raise UserError(f"{len(self.seeds)} seeds do not split over mesh.seed={self.mesh.seed} devices")
 
     def check_devices(self, num_devices: int) -> None:
         """Raises UserError where batch or heads do not divide over the devices of the machine at hand."""
-        sizes = (1, num_devices, 1) if self.parallel == "pmap" else self.mesh.sizes(num_devices)
-        _, data, head = sizes
+        _, data, head = self.mesh.sizes(num_devices)
         if self.data.batch_size % data:
             fits = [d for d in _divisors(self.data.batch_size) if d <= num_devices]
             raise UserError(
