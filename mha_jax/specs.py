@@ -26,7 +26,7 @@ def _choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{field}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
-def _at_least(field: str, value: Any, least: float, kinds: tuple[type, ...] = (int,)) -> None:
+def _at_least(field: str, value: Any, least: int | float, kinds: tuple[type, ...] = (int,)) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
         wanted = "an integer" if kinds == (int,) else "a number"
         raise UserError(f"{field}={value!r} must be {wanted} of at least {least}")
@@ -213,6 +213,7 @@ class DataSpec:
     vocab_size: int | None = None
     files: Mapping[str, Any] | None = None
     tfds_name: str | None = None
+    languages: tuple[str, str] | None = None  # source and target; None: the order that the TFDS set itself gives
     validation_fraction: float = 0.05
     segments: bool = False
     batch_tokens: int | None = None

@@ -1,0 +1,1 @@
+"""Scripts: flags in, library calls, files out."""

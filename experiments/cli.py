@@ -1,0 +1,74 @@
+"""What the scripts share: config flags with overrides, one line for a user's mistake, exit codes."""
+
+import sys
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+from mha_jax import config as configs
+from mha_jax.specs import UserError
+from mha_jax.sweeps import grid
+
+
+def run(main: Callable[[list[str]], int]) -> None:
+    """Calls main(sys.argv) and exits with its code, or with 2 and one line where what the user gave is wrong."""
+    try:
+        code = main(sys.argv)
+    except UserError as error:
+        complain(str(error))
+        code = 2
+    sys.exit(int(code))
+
+
+def complain(text: str) -> None:
+    print("error: " + " ".join(text.split("\n")), file=sys.stderr)
+
+
+def parse(values: flags.FlagValues, argv: list[str], about: str | None) -> None:
+    """Parses the command line into `values`; prints the help and exits where --help is given."""
+    if "--help" in argv or "-h" in argv:
+        print(f"{about or ''}\n\n{values.get_help()}")
+        sys.exit(0)
+    try:
+        rest = values(argv)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    if rest:
+        raise UserError(f"{rest[0]!r} is not understood; every argument is a flag, --name=value")
+
+
+def define_config(values: flags.FlagValues, argv: list[str]) -> None:
+    """--config=configs/NAME.py[:profile], and --config.field=value for each of its fields.
+
+    The file and the names of the fields are checked here: the flags' own parser answers with a traceback.
+    """
+    path = _given(argv)
+    if path is not None:
+        _check_overrides(argv, grid.load(path))
+    config_flags.DEFINE_config_file("config", None, "Config file[:profile].", flag_values=values, sys_argv=argv)
+
+
+def study(values: flags.FlagValues) -> grid.Study:
+    """The study that --config names, with the overrides applied."""
+    if values["config"].value is None:
+        raise UserError("--config is missing, for instance --config=configs/default.py")
+    flag = values["config"]
+    return grid.load(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
+
+
+def _given(argv: list[str]) -> str | None:
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == "config" and name.startswith("-"):
+            return value if equals else following
+    return None
+
+
+def _check_overrides(argv: list[str], loaded: grid.Study) -> None:
+    fields = list(configs.flatten(loaded.config))
+    sections = {field.rsplit(".", depth)[0] for field in fields for depth in range(1, field.count(".") + 1)}
+    for argument in argv[1:]:
+        name = argument.partition("=")[0].lstrip("-").removeprefix("no")
+        if argument.startswith("-") and name.startswith("config.") and name[7:] not in {*fields, *sections}:
+            raise configs.unknown_field(name[7:], fields)

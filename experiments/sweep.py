@@ -1,0 +1,66 @@
+"""Runs a grid: `python -m experiments.sweep --config=configs/default.py[:profile] --workdir=DIR`.
+
+Run again, it skips what is done and goes on with the rest. `--dry_run` prints what each cell would cost.
+"""
+
+from absl import flags
+from etils import epath
+
+from experiments import cli
+from mha_jax.specs import UserError
+from mha_jax.sweeps import grid, preparation, provenance
+from mha_jax.sweeps.cell import Exit
+from mha_jax.sweeps.executors import local
+from mha_jax.sweeps.store import SweepDirectory
+
+
+def main(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    cli.define_config(values, argv)
+    flags.DEFINE_string("workdir", None, "Where the sweep's files go.", flag_values=values)
+    flags.DEFINE_enum("executor", "local", ["local"], "What runs the cells.", flag_values=values)
+    flags.DEFINE_integer("workers", 1, "Cells at once.", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Print the cells and what they cost; train nothing.", flag_values=values)
+    cli.parse(values, argv, __doc__)
+    study = cli.study(values)
+    devices = preparation.devices()
+    cells = grid.cells(study, devices["count"])
+    if values.dry_run:
+        return _dry_run(cells)
+    if not values.workdir:
+        raise UserError("--workdir is missing: the directory that the sweep's files go to")
+    facts = {"versions": provenance.versions(), "commit": provenance.commit(), "devices": devices}
+    sweep = SweepDirectory.create(values.workdir, study, cells, facts)
+    for cell in cells:
+        if cell.reason:
+            print(f"left out: {cell.run_id}: {cell.reason}")
+    preparation.prepare_data(cells, sweep.path)
+    code = local.run(sweep.runs, workers=values.workers)
+    if code == Exit.STOPPED:
+        print("stopped, state saved; run again to go on")
+        return code
+    return _report(sweep, code)
+
+
+def _dry_run(cells: list[grid.Cell]) -> int:
+    from mha_jax.sweeps import preview  # the models and JAX itself are needed here only
+    from mha_jax.training.step import predicted_peak_bytes
+
+    print(preview.table(cells, predicted_peak_bytes))
+    return Exit.DONE
+
+
+def _report(sweep: SweepDirectory, code: int) -> int:
+    from mha_jax.reporting import build_report  # matplotlib takes seconds to import
+
+    page: epath.Path = build_report(sweep.path)
+    print((sweep.path / "report" / "table.md").read_text())
+    print(f"report: {page}")
+    for run in sweep.runs:
+        if run.state == "failed":
+            cli.complain(run.failure)
+    return code
+
+
+if __name__ == "__main__":
+    cli.run(main)

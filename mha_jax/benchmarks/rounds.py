@@ -1,0 +1,36 @@
+"""Contestants timed in turns, so that what slows the machine for a while slows them all."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def race(contestants: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, list[float]]:
+    """Seconds of every call: each contestant once a round, each round begun by another one.
+
+    A contestant returns when its result is there. One call of each goes before and is not counted: it compiles.
+    """
+    for run in contestants.values():
+        run()
+    seconds: dict[Name, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    for _ in range(rounds):
+        for name in order:
+            start = time.perf_counter()
+            contestants[name]()
+            seconds[name].append(time.perf_counter() - start)
+        order = order[1:] + order[:1]
+    return seconds
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def paired_ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Summary of the ratios round by round."""
+    return summary([a / b for a, b in zip(above, below, strict=True)])

@@ -1,0 +1,152 @@
+"""One training step of a language model at several head counts: ours, its matrix products alone, and PyTorch's."""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mha_jax.benchmarks.floor import floor_step
+from mha_jax.benchmarks.parts import floor_parts, model_parts
+from mha_jax.benchmarks.rounds import paired_ratio, race, summary
+from mha_jax.specs import (
+    BYTE_VOCAB_SIZE,
+    DataSpec,
+    DecodingSpec,
+    MeshSpec,
+    ModelSpec,
+    OptimizerSpec,
+    RunSpec,
+    TrainingSpec,
+)
+from mha_jax.training.parallel import make_program
+
+OURS, FLOOR, EAGER, COMPILED = "mha_jax", "matmul floor", "PyTorch eager", "PyTorch compiled"
+
+
+def language_model(
+    num_heads: int,
+    *,
+    num_layers: int = 4,
+    d_model: int = 256,
+    d_ff: int = 1024,
+    length: int = 256,
+    batch_size: int = 16,
+) -> RunSpec:
+    """The run whose step is timed: bytes, float32, no dropout, AdamW, one seed; heads times width is d_model."""
+    return RunSpec(
+        name="bench",
+        task="lm",
+        seeds=(0,),
+        parallel="jit",
+        mesh=MeshSpec(),
+        model=ModelSpec(
+            num_layers=num_layers, d_model=d_model, num_heads=num_heads, d_ff=d_ff, max_length=length, use_bias=False
+        ),
+        data=DataSpec(source="embedded", length=length, batch_size=batch_size),
+        optimizer=OptimizerSpec(name="adamw", weight_decay=0.01),
+        training=TrainingSpec(steps=10_000, eval_every=10_000, checkpoint_every=10_000),
+        decoding=DecodingSpec(),
+    )
+
+
+def random_batch(run: RunSpec) -> dict[str, np.ndarray]:
+    """Random bytes: the time of a step does not depend on what it reads."""
+    shape = (run.data.batch_size, run.data.length)
+    tokens = np.random.default_rng(0).integers(4, BYTE_VOCAB_SIZE, (2, *shape), dtype=np.int32)
+    rows = np.arange(run.data.batch_size, dtype=np.int32)
+    return {"inputs": tokens[0], "targets": tokens[1], "weights": np.ones(shape, np.float32), "row": rows}
+
+
+def our_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], None]:
+    """One call of the very program that training runs, on one device."""
+    program = make_program(run, jax.devices()[:1])
+    state = program.init()
+    stacked = {name: leaf[None] for name, leaf in batch.items()}
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = program.step(state, stacked)
+        jax.block_until_ready((state, metrics))
+
+    return step
+
+
+def torch_steps(run: RunSpec, batch: dict[str, np.ndarray]) -> tuple[dict[str, Callable[[], object]], list[str]]:
+    """PyTorch's step, eager and compiled, and one line on each that cannot run here."""
+    if importlib.util.find_spec("torch") is None:
+        return {}, ["PyTorch is not installed (requirements-bench.txt): not compared"]
+    import torch  # pyright: ignore[reportMissingImports]
+
+    from mha_jax.benchmarks.torch_lm import torch_step
+
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    make = functools.partial(torch_step, run, batch["inputs"], batch["targets"], device=device)
+    steps: dict[str, Callable[[], object]] = {EAGER: make(compiled=False)}
+    compiled = make(compiled=True)
+    try:
+        compiled()
+    except Exception as error:  # whatever its compiler or the machine lacks; the line says what
+        return steps, [
+            f"torch.compile did not run at {run.model.num_heads} heads: {type(error).__name__}: {str(error)[:200]!r}"
+        ]
+    return {**steps, COMPILED: compiled}, []
+
+
+def measure(runs: Sequence[RunSpec], rounds: int) -> dict[str, Any]:
+    """Times all contestants of all runs in turns.
+
+    Returns: "rows", one a run: "seconds" of every round by contestant, "step_ms" and "tokens_per_second" from their
+    medians, "ratio" of our step to each other contestant's, taken round by round; and "notes".
+    """
+    contestants: dict[tuple[int, str], Callable[[], object]] = {}
+    notes: list[str] = []
+    for index, run in enumerate(runs):
+        batch = random_batch(run)
+        peers, missing = torch_steps(run, batch)
+        steps = {OURS: our_step(run, batch), FLOOR: floor_step(run), **peers}
+        contestants |= {(index, name): step for name, step in steps.items()}
+        notes += [line for line in missing if line not in notes]
+    seconds = race(contestants, rounds)
+    rows = [result_row(run, {name: s for (of, name), s in seconds.items() if of == i}) for i, run in enumerate(runs)]
+    return {"rows": rows, "notes": notes}
+
+
+def result_row(run: RunSpec, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """What a run's times say: milliseconds, tokens a second and paired ratios, and the times themselves."""
+    tokens = run.data.batch_size * run.data.length
+    step_ms = {name: summary([1e3 * s for s in values]) for name, values in seconds.items()}
+    return {
+        "num_heads": run.model.num_heads,
+        "qk_dim": run.model.heads("decoder")[0].qk_dim,
+        "step_ms": step_ms,
+        "tokens_per_second": {name: 1e3 * tokens / ms["median"] for name, ms in step_ms.items()},
+        "ratio": {name: paired_ratio(seconds[OURS], values) for name, values in seconds.items() if name != OURS},
+        "seconds": seconds,
+    }
+
+
+def profile(run: RunSpec, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of each part in a step, and of its matrix products, and what the parts leave of the whole step.
+
+    Parts are compiled and timed alone, so a part pays for reading what the whole step has in cache or fuses away.
+    """
+    batch = random_batch(run)
+    parts, products = model_parts(run, jax.tree.map(jax.numpy.asarray, batch)), floor_parts(run)
+    calls = {("part", name): call for name, (_, call) in parts.items()}
+    calls |= {("products", name): call for name, (_, call) in products.items()}
+    seconds = race({**calls, ("step", ""): our_step(run, batch)}, rounds)
+
+    def milliseconds(kind: str, name: str, times: int) -> float:
+        return 1e3 * times * summary(seconds[kind, name])["median"]
+
+    rows = []
+    for name, (times, _) in parts.items():
+        floor_ms = milliseconds("products", name, times) if name in products else 0.0
+        rows.append({"part": name, "times": times, "ms": milliseconds("part", name, times), "matmul_ms": floor_ms})
+    whole = milliseconds("step", "", 1)
+    left = {"part": "rest of the step", "times": 1, "ms": whole - sum(row["ms"] for row in rows), "matmul_ms": 0.0}
+    total = {"part": "step", "times": 1, "ms": whole, "matmul_ms": sum(row["matmul_ms"] for row in rows)}
+    return [*rows, left, total]

@@ -1,0 +1,152 @@
+"""Batches of a run: `load` opens the data of a spec, and batch = f(seed, step).
+
+Nothing is remembered between calls: a resumed run, another device count or another process gets the same batches.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mha_jax.data.batches import Batch, Batches, ClassificationBatches, LMBatches, TranslationBatches
+from mha_jax.data.schedule import Schedule
+from mha_jax.data.tokenised import TokenSet, open_tokens
+from mha_jax.data.tokenizers import Tokenizer
+from mha_jax.specs import DataSpec, UserError
+
+_ROWS_MULTIPLE = 8  # so that batches counted in tokens divide over the devices of one host
+_SOURCES = {
+    "lm": ("embedded", "text", "tfds"),
+    "translation": ("parallel", "tfds"),
+    "classification": ("tfds",),
+}
+
+
+def _buckets(spec: DataSpec, task: str) -> list[tuple[int, int]]:
+    """(columns, rows) of every batch shape, short to long."""
+    if spec.source not in _SOURCES[task]:
+        raise UserError(
+            f"task={task!r} cannot be trained on data.source={spec.source!r}; "
+            f"{' or '.join(map(repr, _SOURCES[task]))} fit"
+        )
+    if spec.languages and spec.source != "tfds":
+        raise UserError(
+            f"data.languages={spec.languages} is for data.source='tfds'; data.files names source, then target"
+        )
+    if task == "lm" and spec.buckets:
+        raise UserError(f"data.buckets={spec.buckets} is of no use with task='lm', whose rows are all data.length long")
+    lengths = spec.buckets or (spec.length,)
+    if spec.batch_tokens is None:
+        return [(length, spec.batch_size) for length in lengths]
+    tokens = spec.batch_tokens
+    return [(length, max(tokens // length // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE) for length in lengths]
+
+
+def batch_shapes(spec: DataSpec, task: str) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """The training batches as shapes, one entry a bucket, short to long; no data is touched.
+
+    Raises: UserError where source, buckets and task do not go together.
+    """
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    def of(length: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        grid, column = ints(rows, length), ints(rows)
+        weights = jax.ShapeDtypeStruct((rows,) if task == "classification" else (rows, length), np.float32)
+        shared = {"weights": weights, "row": column}
+        if task == "lm":
+            segments = {"segments": grid} if spec.segments else {}
+            return {"inputs": grid, "targets": grid, **segments, **shared}
+        if task == "translation":
+            return {"source": grid, "source_lengths": column, "target_inputs": grid, "targets": grid, **shared}
+        return {"inputs": grid, "lengths": column, "labels": column, **shared}
+
+    return [of(length, rows) for length, rows in _buckets(spec, task)]
+
+
+class Data:
+    """The data of a run.
+
+    `tokenizer` decodes what a model predicts. `fingerprint` is what a result must say about its data, as JSON: source,
+    sha256 of the text, examples, tokens and bytes of each split, and how many examples were dropped or truncated
+    because they are longer than data.length. `splits` are those of "validation" and "test" that exist.
+    """
+
+    def __init__(self, spec: DataSpec, task: str, tokens: TokenSet):
+        self.tokenizer: Tokenizer = tokens.tokenizer
+        self.fingerprint: dict[str, Any] = copy.deepcopy(tokens.facts)
+        present = tuple(self.fingerprint["splits"])
+        self.splits = tuple(split for split in present if split != "train")
+        self._tokens = tokens
+        self._buckets = _buckets(spec, task)
+        self._batches = _batches(task, tokens, present, spec)
+        self._train_rows = self._rows_by_bucket("train", drop=self._batches.drops_long)
+        if not any(map(len, self._train_rows)):
+            what = "the training text is shorter than" if task == "lm" else "every training pair is longer than"
+            raise UserError(f"{what} data.length={spec.length} tokens")
+        self._schedule = Schedule(self._train_rows, [rows for _, rows in self._buckets])
+        for split in present:
+            dropped = split == "train" and self._batches.drops_long
+            longer = int((self._batches.lengths(split) > spec.length).sum())
+            self.fingerprint["splits"][split]["dropped" if dropped else "truncated"] = longer
+
+    def _rows_by_bucket(self, split: str, drop: bool = False) -> list[np.ndarray]:
+        """The rows of a split by the shortest bucket that holds them; unless dropped, longer ones go to the longest."""
+        lengths = self._batches.lengths(split)
+        bucket = np.searchsorted([length for length, _ in self._buckets], lengths)
+        last = len(self._buckets) - 1
+        return [np.flatnonzero((bucket if drop else np.minimum(bucket, last)) == b) for b in range(last + 1)]
+
+    def train_batch(self, seed: int, step: int) -> Batch:
+        """The batch that the seed takes at a step (from 0). Its shape depends on the step alone."""
+        bucket, rows = self._schedule.at(seed, step)
+        return self._batches.batch("train", rows, self._buckets[bucket][0])
+
+    def train_stream(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
+        """`train_batch` of all seeds stacked [R, B, ...], from step `start` on, made ahead in a thread by grain."""
+        import grain
+
+        def stacked(step: int) -> Batch:
+            parts = [self.train_batch(seed, int(step)) for seed in seeds]
+            return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+        steps = grain.MapDataset.range(start, np.iinfo(np.int32).max).map(stacked)
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+
+    def eval_batches(self, split: str) -> Iterator[Batch]:
+        """Every example of a split once, in training's shapes; rows that only fill a batch have weight 0.
+
+        In translation "index" [B] is the example's place in the split, -1 where there is none.
+        """
+        for (length, size), rows in zip(self._buckets, self._rows_by_bucket(split), strict=True):
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                yield self._batches.batch(split, np.pad(part, (0, size - len(part)), constant_values=-1), length)
+
+    def num_bytes(self, split: str) -> int:
+        """UTF-8 bytes of the text that is predicted in a split: what bits per byte are divided by."""
+        return self.fingerprint["splits"][split]["bytes"]
+
+    def references(self, split: str) -> list[str]:
+        """The target side of a translation split as it was written, in the order of "index"."""
+        return self._tokens.references(split)
+
+
+def _batches(task: str, tokens: TokenSet, splits: tuple[str, ...], spec: DataSpec) -> Batches:
+    if task == "lm":
+        return LMBatches(tokens, splits, spec)
+    return TranslationBatches(tokens, splits) if task == "translation" else ClassificationBatches(tokens, splits)
+
+
+def load(spec: DataSpec, task: str, cache_dir: epath.PathLike) -> Data:
+    """Opens the data of a spec, preparing and encoding it first where `cache_dir` has not got it.
+
+    Raises: UserError, in one line, for a source that does not fit the task, files that are missing, empty, not UTF-8 or
+        not parallel, an unknown or unreachable TFDS set, and a vocabulary larger than the text supports.
+    """
+    _buckets(spec, task)
+    return Data(spec, task, open_tokens(spec, task, cache_dir))

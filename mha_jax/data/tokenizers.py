@@ -1,0 +1,85 @@
+"""Text to token ids and back: raw bytes, or byte-level BPE trained on the training split.
+
+Both begin with the four special tokens of `mha_jax.specs` (PAD 0, BOS 1, EOS 2, MASK 3). Text that happens to spell a
+special token ("<eos>") is ordinary text.
+
+Both have `encode(texts)`: the int32 ids of each, special tokens not added; and `decode(ids)`: their text, where special
+tokens say nothing and bytes that are no UTF-8 become U+FFFD. `path` is the tokenizer.json that a BPE was saved to.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import SupportsInt
+
+import numpy as np
+from etils import epath
+
+from mha_jax.specs import BYTE_VOCAB_SIZE, SPECIAL_TOKENS, UserError
+
+_OFFSET = len(SPECIAL_TOKENS)
+
+
+class ByteTokenizer:
+    """id = 4 + byte."""
+
+    name = "bytes"
+    vocab_size = BYTE_VOCAB_SIZE
+    path = None
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _OFFSET for text in texts]
+
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
+        return bytes(i - _OFFSET for i in map(int, ids) if i >= _OFFSET).decode(errors="replace")
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in Radford et al. 2019): no text is unknown."""
+
+    name = "bpe"
+
+    def __init__(self, path: epath.Path):
+        from tokenizers import Tokenizer as Backend
+
+        self.path = path
+        self._backend = Backend.from_str(path.read_text())
+        # Not part of tokenizer.json. Without it "<eos>" inside a text would end the sentence.
+        self._backend.encode_special_tokens = True
+        self.vocab_size = self._backend.get_vocab_size()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in found]
+
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
+        return self._backend.decode([i for i in map(int, ids) if i >= _OFFSET], skip_special_tokens=True)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.Path) -> BPETokenizer:
+    """Learns merges of pairs seen at least twice and saves them to `path`.
+
+    Raises: UserError where the text has too few pairs for `vocab_size`, with the size that it supports.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    supported = backend.get_vocab_size()
+    if supported < vocab_size:
+        raise UserError(
+            f"data.vocab_size={vocab_size} is larger than the training text supports; at most {supported} fit"
+        )
+    path.write_text(backend.to_str())
+    return BPETokenizer(path)
+
+
+Tokenizer = ByteTokenizer | BPETokenizer

@@ -1,0 +1,177 @@
+"""One Transformer block, and a stack of them with heads of its own in every layer."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int, Key
+
+from mha_jax.attention.dropout import dropout
+from mha_jax.attention.multihead import MultiHeadAttention
+from mha_jax.attention.visibility import Full, Rule
+from mha_jax.models.positions import Positions
+from mha_jax.specs import HeadShape, ModelSpec
+
+Keys = Key[Array, " B"] | None
+
+
+def param_dtype(spec: ModelSpec) -> DTypeLike:
+    """What parameters, norms and logits are held in: float32 unless the whole model is float64."""
+    return jnp.float64 if spec.dtype == "float64" else jnp.float32
+
+
+def fold(keys: Keys, number: int) -> Keys:
+    """Keys for one use of randomness: the same wherever the example is computed, and None for evaluation."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _norm(spec: ModelSpec, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    dtype = param_dtype(spec)
+    return nnx.LayerNorm(spec.d_model, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+def _attention(spec: ModelSpec, shape: HeadShape, *, rope: bool, rngs: nnx.Rngs) -> MultiHeadAttention:
+    return MultiHeadAttention(
+        spec.d_model,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.qk_dim,
+        shape.v_dim,
+        head_to_group=shape.head_to_group,
+        use_bias=spec.use_bias,
+        dropout_rate=spec.attention_dropout_rate,
+        rope=rope,
+        init=spec.init,
+        dtype=jnp.dtype(spec.dtype),
+        param_dtype=param_dtype(spec),
+        backend=spec.backend,
+        rngs=rngs,
+    )
+
+
+class FeedForward(nnx.Module):
+    """y[b,t] = down(activation(up(x[b,t]))), F wide inside (Vaswani et al. 2017, eq. 2)."""
+
+    def __init__(self, spec: ModelSpec, d_ff: int, *, rngs: nnx.Rngs) -> None:
+        self.activation: Callable[[Array], Array] = {"relu": jax.nn.relu, "gelu": nnx.gelu}[spec.activation]
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(
+                inputs,
+                outputs,
+                dtype=jnp.dtype(spec.dtype),
+                param_dtype=param_dtype(spec),
+                kernel_init=nnx.initializers.glorot_uniform(),
+                rngs=rngs,
+            )
+
+        self.up = linear(spec.d_model, d_ff)
+        self.down = linear(d_ff, spec.d_model)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(self.activation(self.up(x_BTD)))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention where there is a memory, and a feed-forward layer.
+
+      norm "post": y = LayerNorm(x + dropout(f(x)))     (Vaswani et al. 2017, section 3.1)
+      norm "pre":  y = x + dropout(f(LayerNorm(x)))     for each f of the three
+
+    Whoever computes attention in another way (the cached step of decoding) uses `before` and `after` around it.
+    """
+
+    def __init__(self, spec: ModelSpec, own: HeadShape, cross: HeadShape | None, d_ff: int, *, rngs: nnx.Rngs) -> None:
+        self.norm, self.dropout_rate = spec.norm, spec.dropout_rate
+        self.attention = _attention(spec, own, rope=spec.positions == "rope", rngs=rngs)
+        self.attention_norm = _norm(spec, rngs)
+        if cross is not None:
+            self.cross_attention = _attention(spec, cross, rope=False, rngs=rngs)
+            self.cross_attention_norm = _norm(spec, rngs)
+        self.feed_forward = FeedForward(spec, d_ff, rngs=rngs)
+        self.feed_forward_norm = _norm(spec, rngs)
+
+    def before(self, x_BTD: Float[Array, "B T D"], norm: nnx.LayerNorm) -> Float[Array, "B T D"]:
+        """What the sublayer reads."""
+        return norm(x_BTD).astype(x_BTD.dtype) if self.norm == "pre" else x_BTD
+
+    def after(
+        self, x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"], norm: nnx.LayerNorm, keys: Keys = None
+    ) -> Float[Array, "B T D"]:
+        """The residual stream with what the sublayer wrote."""
+        if keys is not None:
+            y_BTD = dropout(y_BTD, keys, self.dropout_rate)
+        x_BTD = x_BTD + y_BTD.astype(x_BTD.dtype)
+        return norm(x_BTD).astype(x_BTD.dtype) if self.norm == "post" else x_BTD
+
+    def feed(self, x_BTD: Float[Array, "B T D"], keys: Keys = None) -> Float[Array, "B T D"]:
+        """The feed-forward sublayer with its residual."""
+        y_BTD = self.feed_forward(self.before(x_BTD, self.feed_forward_norm))
+        return self.after(x_BTD, y_BTD, self.feed_forward_norm, keys)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        visibility: Rule,
+        memory_BSD: Float[Array, "B S D"] | None = None,
+        memory_visibility: Rule | None = None,
+        *,
+        dropout_keys: Keys = None,
+    ) -> Float[Array, "B T D"]:
+        y_BTD = self.before(x_BTD, self.attention_norm)
+        y_BTD = self.attention(y_BTD, visibility=visibility, dropout_key=fold(dropout_keys, 0))
+        x_BTD = self.after(x_BTD, y_BTD, self.attention_norm, fold(dropout_keys, 1))
+        if memory_BSD is not None:
+            y_BTD = self.before(x_BTD, self.cross_attention_norm)
+            rule = Full() if memory_visibility is None else memory_visibility
+            y_BTD = self.cross_attention(y_BTD, memory_BSD, visibility=rule, dropout_key=fold(dropout_keys, 2))
+            x_BTD = self.after(x_BTD, y_BTD, self.cross_attention_norm, fold(dropout_keys, 3))
+        return self.feed(x_BTD, fold(dropout_keys, 4))
+
+
+class Stack(nnx.Module):
+    """L blocks over embedded tokens: positions and dropout first, and with pre-norm a LayerNorm last.
+
+    Args: kind: whose heads `spec.heads` gives to self-attention. cross: whether the blocks read a memory.
+    """
+
+    def __init__(self, spec: ModelSpec, kind: str, d_ff: int, *, cross: bool = False, rngs: nnx.Rngs) -> None:
+        self.dropout_rate, self.dtype = spec.dropout_rate, jnp.dtype(spec.dtype)
+        self.positions = Positions(
+            spec.positions, spec.max_length, spec.d_model, param_dtype=param_dtype(spec), rngs=rngs
+        )
+        crosses = spec.heads("cross") if cross else (None,) * spec.num_layers
+        self.blocks = nnx.List(
+            [
+                Block(spec, own, other, d_ff, rngs=rngs)
+                for own, other in zip(spec.heads(kind), crosses, strict=True)
+            ]
+        )
+        self.final_norm = _norm(spec, rngs) if spec.norm == "pre" else None
+
+    def enter(
+        self, x_BTD: Float[Array, "B T D"], positions_T: Int[Array, " T"], keys: Keys = None
+    ) -> Float[Array, "B T D"]:
+        """Embedded tokens as the first block reads them."""
+        x_BTD = self.positions(x_BTD, positions_T)
+        return x_BTD if keys is None else dropout(x_BTD, keys, self.dropout_rate)
+
+    def leave(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the stack hands on after the last block."""
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD).astype(x_BTD.dtype)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        visibility: Rule,
+        memory_BSD: Float[Array, "B S D"] | None = None,
+        memory_visibility: Rule | None = None,
+        *,
+        dropout_keys: Keys = None,
+    ) -> Float[Array, "B T D"]:
+        x_BTD = self.enter(x_BTD, jnp.arange(x_BTD.shape[1]), fold(dropout_keys, 0))
+        for layer, block in enumerate(self.blocks):
+            keys = fold(dropout_keys, layer + 1)
+            x_BTD = block(x_BTD, visibility, memory_BSD, memory_visibility, dropout_keys=keys)
+        return self.leave(x_BTD)

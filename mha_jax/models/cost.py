@@ -1,0 +1,110 @@
+"""What a model costs, counted from the spec alone: parameters, FLOPs and cache bytes, all exact integers.
+
+Conventions: a multiply-add is 2 FLOPs; only matrix products count (no norm, softmax, embedding look-up); attention
+scores and averages are counted over the whole square of data.length, causal or not; a source is as long as its target.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from mha_jax.specs import ATTENTION_KINDS, HeadShape, ModelSpec, RunSpec, UserError
+
+_BASE_FIELDS = ("num_heads", "num_kv_heads", "qk_dim", "v_dim", "head_to_group")
+_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def _attention_parameters(model: ModelSpec, shape: HeadShape) -> int:
+    queries = shape.num_heads * shape.qk_dim
+    keys_values = shape.num_kv_heads * (shape.qk_dim + shape.v_dim)
+    values = shape.num_heads * shape.v_dim
+    biases = queries + keys_values + model.d_model if model.use_bias else 0
+    return model.d_model * (queries + keys_values + values) + biases
+
+
+def _attention_flops(model: ModelSpec, shape: HeadShape, length: int) -> int:
+    queries = shape.num_heads * shape.qk_dim
+    keys_values = shape.num_kv_heads * (shape.qk_dim + shape.v_dim)
+    values = shape.num_heads * shape.v_dim
+    return 2 * model.d_model * (queries + keys_values + values) + 2 * length * (queries + values)
+
+
+def _over_layers(run: RunSpec, model: ModelSpec, count: Callable[[HeadShape], int]) -> int:
+    return sum(count(shape) for kind in ATTENTION_KINDS[run.task] for shape in model.heads(kind))
+
+
+def _num_stacks(run: RunSpec) -> int:
+    return 2 if run.task == "translation" else 1
+
+
+def _all_attention(run: RunSpec, model: ModelSpec, what: str) -> int:
+    if what == "params":
+        return _over_layers(run, model, lambda shape: _attention_parameters(model, shape))
+    return _over_layers(run, model, lambda shape: _attention_flops(model, shape, run.data.length))
+
+
+def matched_d_ff(run: RunSpec) -> int:
+    """The feed-forward width at which the model costs what the base cell does, `model.match` saying in which coin.
+
+      F = d_ff + round((attention(base) - attention(cell)) / (feed-forward blocks * cost of one unit of F))
+
+    One unit of F costs 2D + 1 parameters (its bias included), or 4D FLOPs a token. Halves round up.
+
+    Returns: model.d_ff itself for match="none".
+    Raises:  UserError where not even F = 1 is cheap enough, or match_base names something that is no head shape.
+    """
+    model = run.model
+    if model.match == "none":
+        return model.d_ff
+    given = dict(model.match_base or {})
+    unknown = [name for name in given if name not in _BASE_FIELDS]
+    if unknown:
+        raise UserError(f"model.match_base has {unknown[0]!r}; it may have {', '.join(_BASE_FIELDS)}")
+    shape = dict.fromkeys(_BASE_FIELDS) | {"num_heads": model.num_heads} | given
+    base = dataclasses.replace(model, match="none", match_base=None, **shape)
+    missing = _all_attention(run, base, model.match) - _all_attention(run, model, model.match)
+    unit = 2 * model.d_model + 1 if model.match == "params" else 4 * model.d_model
+    per_step = unit * model.num_layers * _num_stacks(run)
+    width = model.d_ff + (2 * missing + per_step) // (2 * per_step)
+    if width < 1:
+        raise UserError(
+            f"model.match={model.match!r} needs d_ff={width}: attention with num_heads={model.num_heads} alone costs "
+            f"more than the base; a model.d_ff of at least {model.d_ff + 1 - width} fits"
+        )
+    return width
+
+
+def parameters(run: RunSpec) -> int:
+    """Trained numbers in the model: tokens are counted once though they are read twice; gates are not trained."""
+    model, d_model, stacks = run.model, run.model.d_model, _num_stacks(run)
+    blocks = stacks * model.num_layers
+    attentions = len(ATTENTION_KINDS[run.task]) * model.num_layers
+    width = matched_d_ff(run)
+    total = run.data.tokens * d_model
+    total += stacks * model.max_length * d_model if model.positions == "learned" else 0
+    total += _all_attention(run, model, "params")
+    total += blocks * (2 * d_model * width + width + d_model)
+    total += 2 * d_model * (attentions + blocks + (stacks if model.norm == "pre" else 0))
+    if run.task == "classification":
+        total += (d_model + 1) * (run.data.num_classes or 0)
+    return total
+
+
+def flops_per_token(run: RunSpec) -> int:
+    """FLOPs of the forward pass for one target token and, in translation, the one source token that goes with it.
+
+    Left out: the classifier's last layer, which acts once a sequence.
+    """
+    model = run.model
+    feed_forward = _num_stacks(run) * model.num_layers * 4 * model.d_model * matched_d_ff(run)
+    logits = 0 if run.task == "classification" else 2 * run.data.tokens * model.d_model
+    return _all_attention(run, model, "flops") + feed_forward + logits
+
+
+def kv_cache_bytes_per_token(run: RunSpec) -> int:
+    """Bytes of keys and values that decoding holds for one target token and, in translation, one source token.
+
+    Returns: 0 for classification, which does not decode.
+    """
+    kinds = [kind for kind in ATTENTION_KINDS[run.task] if kind != "encoder"]
+    shapes = [shape for kind in kinds for shape in run.model.heads(kind)]
+    return _BYTES[run.model.dtype] * sum(s.num_kv_heads * (s.qk_dim + s.v_dim) for s in shapes)

@@ -1,0 +1,27 @@
+"""Everything that `report/` holds, made anew from what the sweep directory has at the moment."""
+
+from etils import epath
+
+from mha_jax.reporting import claims, formats, html, plots, provenance, results, tables
+
+
+def build_report(workdir: epath.PathLike) -> epath.Path:
+    """Writes DIR/report: index.html, table.{md,csv,tex}, results.csv and the figures. Returns the path of the page.
+
+    May be called at any moment, also while runs train: what is not finished is listed with its reason.
+
+    Raises: UserError where the directory holds no sweep, or a claim of its config cannot be understood.
+    """
+    found = results.read(workdir)
+    verdicts = [claims.check(claims.parse(claim), found) for claim in found.sweep.get("claims") or []]
+    table, caption = tables.make(found), provenance.caption(found)
+    directory = epath.Path(workdir) / "report"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "table.md").write_text(formats.markdown(table, caption))
+    (directory / "table.csv").write_text(formats.csv_text(table))
+    (directory / "table.tex").write_text(formats.latex(table, caption))
+    (directory / "results.csv").write_text(formats.rows_as_csv(found.rows()))
+    pictures = plots.draw(found, table, directory)
+    page = directory / "index.html"
+    page.write_text(html.page(found, table, verdicts, pictures))
+    return page

@@ -1,0 +1,176 @@
+"""A sweep directory as rows, read at any moment: one row per (run, seed), and a reason for each cell that has none."""
+
+import dataclasses
+import functools
+import json
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from mha_jax.config import flatten, plain
+from mha_jax.specs import UserError
+from mha_jax.training.metrics import read_metrics
+
+MEDIANS = ("tokens_per_second", "step_seconds")
+LARGEST = ("peak_bytes", "compile_seconds")
+SHORT = {
+    "model.num_heads": "h",
+    "model.num_kv_heads": "h_kv",
+    "model.qk_dim": "d_k",
+    "model.v_dim": "d_v",
+    "model.num_layers": "N",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell of the grid and what its run directory holds so far."""
+
+    run: str
+    overrides: Mapping[str, Any]
+    reason: str | None  # why the cell is illegal, None where it is not
+    config: Mapping[str, Any] | None
+    status: Mapping[str, Any]
+    log: list[dict[str, Any]]
+
+    @property
+    def state(self) -> str:
+        return "illegal" if self.reason else str(self.status.get("state", "queued"))
+
+    @property
+    def summary(self) -> str:
+        """One phrase on where the cell stands, for instance "failed: out of memory"."""
+        if self.reason:
+            return f"illegal: {self.reason}"
+        if self.state == "failed":
+            return f"failed: {self.status.get('error') or 'no message'} (traceback: runs/{self.run}/error.txt)"
+        if self.state in ("running", "stopped"):
+            return f"{self.state} at step {self.status.get('step', 0)} of {self.status.get('steps', '?')}"
+        return self.state
+
+    @functools.cached_property
+    def curves(self) -> dict[str, dict[int, dict[int, float]]]:
+        """Metric to seed to step to value, in order of steps: curves["validation/loss"][0][400]."""
+        curves: dict[str, dict[int, dict[int, float]]] = {}
+        for row in sorted(self.log, key=lambda row: row["step"]):
+            name = f"{row['split']}/{row['name']}"
+            curves.setdefault(name, {}).setdefault(row["seed"], {})[row["step"]] = row["value"]
+        return curves
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed to value at the last step."""
+        return {seed: list(points.values())[-1] for seed, points in self.curves.get(metric, {}).items()}
+
+    def training(self, name: str) -> dict[int, float]:
+        """Seed to the median (speeds) or the largest value (peaks) of the training log."""
+        summarise = statistics.median if name in MEDIANS else max
+        return {seed: summarise(points.values()) for seed, points in self.curves.get(f"train/{name}", {}).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All cells of a sweep, and every line that could not be read."""
+
+    sweep: Mapping[str, Any]
+    cells: list[Cell]
+    problems: list[str]
+
+    @property
+    def done(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.state == "done"]
+
+    @functools.cached_property
+    def base(self) -> Cell | None:
+        """The cell that differences are taken from; None where it is illegal."""
+        return next((cell for cell in self.cells if cell.run == self.sweep.get("base")), None)
+
+    @functools.cached_property
+    def swept(self) -> list[str]:
+        """Dotted names of the fields that any cell sets, in the order of the grid."""
+        return list(dict.fromkeys(name for cell in self.cells for name in cell.overrides))
+
+    @functools.cached_property
+    def metrics(self) -> list[str]:
+        """Names of what was evaluated ("validation/loss", "test/bleu"), validation first."""
+        names = {name for cell in self.cells for name in cell.curves if not name.startswith("train/")}
+        order = ("loss", "perplexity", "bits_per_byte", "bleu", "accuracy")
+
+        def rank(name: str) -> tuple[bool, int, str]:
+            split, _, leaf = name.partition("/")
+            return split != "validation", order.index(leaf) if leaf in order else len(order), name
+
+        return sorted(names, key=rank)
+
+    def find(self, overrides: Mapping[str, Any]) -> Cell | None:
+        """The cell of these overrides; {} names the base, and a field set to what the base has need not be named."""
+        if not overrides:
+            return self.base
+        wanted = self._without_base(overrides)
+        return next((cell for cell in self.cells if self._without_base(cell.overrides) == wanted), None)
+
+    def _without_base(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        base = flatten(self.sweep.get("base_config") or {})
+        return {k: plain(v) for k, v in overrides.items() if k not in base or base[k] != plain(v)}
+
+    def paper_row(self, cell: Cell) -> Mapping[str, Any] | None:
+        """What the paper reported for the cell."""
+        rows = (self.sweep.get("paper") or {}).get("rows", [])
+        return next((row for row in rows if self.find(row["cell"]) is cell), None)
+
+    def label(self, overrides: Mapping[str, Any]) -> str:
+        """How a cell is called: as in the paper, or by what it sets ("h=4", "d_k=16")."""
+        cell = self.find(overrides)
+        paper = self.paper_row(cell) if cell else None
+        if paper and "label" in paper:
+            return paper["label"]
+        return ", ".join(f"{SHORT.get(k, k.rsplit('.', 1)[-1])}={plain(v)}" for k, v in overrides.items()) or "base"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per finished (run, seed): run, seed, the swept fields, the metrics, speed and memory.
+
+        What a run did not measure is absent from its row, never zero.
+        """
+        rows = []
+        for cell in self.done:
+            flat = flatten(cell.config or {})
+            columns = {name: cell.values(name) for name in self.metrics}
+            columns |= {name: cell.training(name) for name in (*MEDIANS, *LARGEST)}
+            for seed in flat.get("seeds", []):
+                row = {"run": cell.run, "seed": seed, **{name: flat.get(name) for name in self.swept}}
+                row |= {name: values[seed] for name, values in columns.items() if seed in values}
+                if "predicted_peak_bytes" in cell.status:
+                    row["predicted_peak_bytes"] = cell.status["predicted_peak_bytes"]
+                rows.append(row)
+        return rows
+
+
+def read(workdir: epath.PathLike) -> Results:
+    """Reads a sweep directory, finished or not. Raises UserError where there is none."""
+    workdir = epath.Path(workdir)
+    if not (workdir / "sweep.json").exists():
+        raise UserError(f"{workdir} holds no sweep: sweep.json is missing")
+    problems: list[str] = []
+    sweep = _json(workdir / "sweep.json", problems)
+    cells = []
+    for cell in sweep.get("cells", []):
+        directory = workdir / "runs" / cell["run"]
+        log, corrupt = read_metrics(directory / "metrics.jsonl")
+        problems += corrupt
+        config = _json(directory / "config.json", problems) or None
+        status = _json(directory / "status.json", problems)
+        cells.append(Cell(cell["run"], cell["overrides"], cell.get("reason"), config, status, log))
+    return Results(sweep, cells, problems)
+
+
+def _json(path: epath.Path, problems: list[str]) -> dict[str, Any]:
+    """The object in a file; empty where there is none, and where it is corrupt, which is then named."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        problems.append(f"{path} is corrupt: {error}")
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,1 @@
+"""A grid of runs: which cells there are, where their files lie, and how they are run."""

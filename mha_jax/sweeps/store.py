@@ -1,0 +1,204 @@
+"""Directories of runs and sweeps: written atomically, locked while in use, never mixed with another config's."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mha_jax import config as configs
+from mha_jax.specs import UserError
+from mha_jax.sweeps import grid
+
+
+class Busy(UserError):
+    """Another process is training this run."""
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Replaces the file at once: a reader, or a kill at any moment, finds the old or the new text, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}"
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    beside.replace(path)
+
+
+def read_json(path: epath.Path) -> Any:
+    """Raises UserError, one line, where the text is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+
+
+class RunDirectory:
+    """`DIR/runs/<slug>-<hash8>`: config.json, status.json, metrics.jsonl, checkpoints/, tensorboard/, error.txt."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+
+    @classmethod
+    def create(cls, path: epath.PathLike, config: ConfigDict | Mapping[str, Any]) -> "RunDirectory":
+        """Makes the directory, or opens the one that is there.
+
+        Raises: UserError with the differing fields where it belongs to another config.
+        """
+        directory = cls(path)
+        file = directory.path / "config.json"
+        tree = configs.plain(config)
+        if file.exists():
+            changes = configs.diff(directory.config, tree)
+            if changes:
+                raise UserError(f"{directory.path} belongs to another config: {'; '.join(changes)}")
+            if directory.config == tree:
+                return directory
+        write_json(file, tree)  # anew where only the placement changed, such as the devices
+        return directory
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def workdir(self) -> epath.Path:
+        return self.path.parent.parent
+
+    @property
+    def config(self) -> dict[str, Any]:
+        file = self.path / "config.json"
+        if not file.exists():
+            raise UserError(f"{self.path} is no run directory: it has no config.json")
+        return read_json(file)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """Facts about the run so far; {"state": "queued"} before it first starts."""
+        file = self.path / "status.json"
+        return read_json(file) if file.exists() else {"state": "queued"}
+
+    @property
+    def state(self) -> str:
+        """ "queued", "running", "done", "failed" or "stopped"; a killed run stays "running" until it is run again."""
+        return self.status["state"]
+
+    def update(self, **facts: Any) -> None:
+        """Sets facts of status.json and leaves the others."""
+        write_json(self.path / "status.json", {**self.status, **facts})
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run for this process. The lock ends with the process, however that ends.
+
+        Raises: Busy where another process holds it.
+        """
+        with self.beside("lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise Busy(
+                    f"run {self.run_id} is being trained by {file.read().strip() or 'another process'}"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+    @property
+    def locked(self) -> bool:
+        try:
+            with self.lock():
+                return False
+        except Busy:
+            return True
+
+    def beside(self, name: str) -> Path:
+        """A file on this machine: in the directory itself, or under the temporary files where that is a bucket."""
+        if "://" not in os.fspath(self.path):
+            return Path(self.path) / name
+        key = hashlib.sha256(os.fspath(self.path).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"mha_jax-{key}-{name}"
+
+    @property
+    def failure(self) -> str:
+        """One line: which run failed, why, and where its traceback lies."""
+        error = self.status.get("error") or "no reason was recorded"
+        return f"run {self.run_id} failed: {error}; its traceback lies in {self.path / 'error.txt'}"
+
+
+class SweepDirectory:
+    """`DIR`: sweep.json, runs/, report/."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+
+    @classmethod
+    def create(
+        cls, path: epath.PathLike, study: grid.Study, made: list[grid.Cell], facts: Mapping[str, Any]
+    ) -> "SweepDirectory":
+        """Makes the directory, or opens the one that is there, and writes sweep.json and a directory a legal cell.
+
+        Args:    facts: versions, commit, devices: what is recorded beside the grid.
+        Raises:  UserError with the difference where it holds another sweep.
+        """
+        directory = cls(path)
+        new = {
+            "config_file": study.path,
+            "config_sha256": study.sha256,
+            "profile": study.profile,
+            "docstring": study.docstring,
+            "base_config": configs.plain(study.config),
+            "base": grid.base_run_id(study, made),
+            "cells": [{"run": c.run_id, "overrides": configs.plain(c.overrides), "reason": c.reason} for c in made],
+            "paper": configs.plain(study.paper),
+            "claims": configs.plain(study.claims),
+            **facts,
+        }
+        file = directory.path / "sweep.json"
+        if file.exists() and directory.in_use:
+            changes = _changes(read_json(file), new)
+            if changes:
+                raise UserError(f"{directory.path} holds another sweep: {'; '.join(changes)}")
+        legal = [cell for cell in made if cell.reason is None]
+        for cell in legal:
+            RunDirectory.create(directory.run_path(cell.run_id), cell.config)
+        write_json(file, new)
+        return directory
+
+    def run_path(self, run_id: str) -> epath.Path:
+        return self.path / "runs" / run_id
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything has been trained here, so that a sweep mended after a mistake may take the place."""
+        runs = (self.path / "runs").glob("*")
+        return any((path / "metrics.jsonl").exists() or RunDirectory(path).locked for path in runs)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return read_json(self.path / "sweep.json")
+
+    @property
+    def runs(self) -> list[RunDirectory]:
+        """The directories of the legal cells, in the order of the grid."""
+        return [RunDirectory(self.run_path(c["run"])) for c in self.facts["cells"] if c["reason"] is None]
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    names = [
+        Path(facts["config_file"]).name + (":" + facts["profile"] if facts["profile"] else "") for facts in (old, new)
+    ]
+    changes = [f"config file: {names[0]} -> {names[1]}"] if names[0] != names[1] else []
+    changes += configs.diff(old["base_config"], new["base_config"])
+    before, after = ([cell["run"] for cell in facts["cells"]] for facts in (old, new))
+    changes += [f"cell {run} is gone" for run in before if run not in after]
+    changes += [f"cell {run} is new" for run in after if run not in before]
+    return changes

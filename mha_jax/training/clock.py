@@ -1,0 +1,27 @@
+"""Where a run's wall time goes: data, compile, train, eval, save, in seconds."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+CATEGORIES = ("data", "compile", "train", "eval", "save")
+
+
+class Clock:
+    """Adds up the seconds of this attempt at a run, by category."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(CATEGORIES, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, category: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[category] += time.perf_counter() - start
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Books seconds under another category, as for a compilation inside a training step."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds

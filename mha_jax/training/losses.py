@@ -1,0 +1,56 @@
+"""The loss of each task, as sums, so that any split of a batch over devices adds up to the same numbers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Batch = dict[str, Any]
+
+
+def token_losses(
+    logits: Float[Array, "*N C"], targets: Int[Array, "*N"], label_smoothing: float = 0.0
+) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
+    """The smoothed training objective and the plain negative log-likelihood of every target, both in nats.
+
+      nll = log sum_c exp(z_c) - z_y        objective = (1 - eps) nll + eps (log sum_c exp(z_c) - mean_c z_c)
+
+    (Szegedy et al. 2016, section 7: eps is spread over the whole vocabulary.)
+    """
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    # A comparison fuses with the sums around it; a gather's gradient is a scatter, slow on CPU and TPU.
+    hit = targets[..., None] == jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
+    nll = log_normalizer - jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+    if not label_smoothing:
+        return nll, nll
+    smooth = log_normalizer - jnp.mean(logits, axis=-1)
+    return (1 - label_smoothing) * nll + label_smoothing * smooth, nll
+
+
+def loss_sums(
+    task: str, model: Any, batch: Batch, dropout_keys: Array | None, label_smoothing: float
+) -> dict[str, Array]:
+    """Runs the model on one batch: sums over it of "objective", "loss", "correct" and "weight".
+
+    For classification a target is the label of an example, else a token; `weights` 0 marks padding. `dropout_keys` has
+    one key an example; None evaluates. One function serves training and evaluation.
+    """
+    if task == "lm":
+        logits = model(batch["inputs"], segments=batch.get("segments"), dropout_keys=dropout_keys)
+        targets = batch["targets"]
+    elif task == "translation":
+        logits = model(batch["source"], batch["source_lengths"], batch["target_inputs"], dropout_keys=dropout_keys)
+        targets = batch["targets"]
+    else:
+        logits = model(batch["inputs"], batch["lengths"], dropout_keys=dropout_keys)
+        targets = batch["labels"]
+    weights = batch["weights"].astype(logits.dtype)
+    objective, nll = token_losses(logits, targets, label_smoothing)
+    correct = jnp.argmax(logits, axis=-1) == targets
+    return {
+        "objective": jnp.sum(objective * weights),
+        "loss": jnp.sum(nll * weights),
+        "correct": jnp.sum(correct * weights),
+        "weight": jnp.sum(weights),
+    }

@@ -1,0 +1,63 @@
+"""Adam and AdamW with the schedules of `OptimizerSpec`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mha_jax.specs import OptimizerSpec
+
+
+def learning_rate(spec: OptimizerSpec, d_model: int, steps: int) -> optax.Schedule:
+    """The learning rate of each update, from the count of updates already made (0 at the first).
+
+    With n = count + 1, peak = spec.learning_rate and w = spec.warmup_steps:
+
+      vaswani   peak * d_model ** -0.5 * min(n ** -0.5, n * w ** -1.5)      (Vaswani et al. 2017, section 5.3)
+      constant  peak * min(1, n / w)
+      cosine    peak * n / w up to n = w; then half a cosine down to peak * spec.final_fraction at n = steps
+
+    No update has rate 0 unless spec.final_fraction is 0. Base model of the paper: d_model=512, w=4000, peak=1 gives
+    6.99e-4 at n = 4000.
+    """
+    warmup, peak = spec.warmup_steps, spec.learning_rate
+
+    def vaswani(count: jax.typing.ArrayLike) -> jax.Array:
+        n = jnp.asarray(count, jnp.float32) + 1.0
+        return peak * d_model**-0.5 * jnp.minimum(n**-0.5, n * warmup**-1.5)
+
+    def constant(count: jax.typing.ArrayLike) -> jax.Array:
+        n = jnp.asarray(count, jnp.float32) + 1.0
+        return peak * jnp.minimum(1.0, n / max(warmup, 1))
+
+    def cosine(count: jax.typing.ArrayLike) -> jax.Array:
+        n = jnp.asarray(count, jnp.float32) + 1.0
+        progress = jnp.clip((n - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        decay = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return constant(count) * (spec.final_fraction + (1.0 - spec.final_fraction) * decay)
+
+    return {"vaswani": vaswani, "constant": constant, "cosine": cosine}[spec.schedule]
+
+
+def decayed(params: Any) -> Any:
+    """True for the kernels: what weight decay applies to. By name, because a bias of attention has two axes too."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "kernel" in jax.tree_util.keystr(path, simple=True, separator="/").split("/"), params
+    )
+
+
+def make_optimizer(spec: OptimizerSpec, d_model: int, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, Adam's moments, decoupled weight decay on kernels, the schedule; in this order.
+
+      u = m / (sqrt(v) + epsilon) + weight_decay * kernel;  kernel <- kernel - rate * u     (Loshchilov, Hutter 2019)
+
+    Biases, LayerNorm scales, embeddings and learned positions do not decay.
+    """
+    clip = optax.identity() if spec.clip_norm is None else optax.clip_by_global_norm(spec.clip_norm)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=spec.beta1, b2=spec.beta2, eps=spec.epsilon),
+        optax.add_decayed_weights(spec.weight_decay, mask=decayed) if spec.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate(spec, d_model, steps)),
+    )

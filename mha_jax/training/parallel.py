@@ -1,0 +1,141 @@
+"""The step spread over devices: `jit` over a mesh with axes seed, data and head, or `pmap` over data.
+
+Both compile the same pure step and give the same numbers as one device. A program owns the layout: the loop hands it
+host batches [R, B, ...] and never sees a sharding.
+"""
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mha_jax.specs import RunSpec
+from mha_jax.training.losses import Batch
+from mha_jax.training.step import State, evaluate_step, init_state, peak_bytes, train_step
+
+# Which axis of a parameter is the head axis, counted without the seed axis in front.
+_HEAD_AXIS = {("query", "kernel"): 1, ("key", "kernel"): 1, ("value", "kernel"): 1, ("out", "kernel"): 0}
+_HEAD_AXIS |= {("query", "bias"): 0, ("key", "bias"): 0, ("value", "bias"): 0}
+
+
+def make_mesh(run: RunSpec, devices: list[jax.Device]) -> Mesh:
+    """The mesh of a run: as many of the devices as its axes need."""
+    sizes = run.mesh.sizes(len(devices))
+    grid = np.asarray(devices[: int(np.prod(sizes))], dtype=object).reshape(sizes)
+    return Mesh(grid, ("seed", "data", "head"), axis_types=(AxisType.Auto,) * 3)
+
+
+def state_shardings(state: State, mesh: Mesh) -> State:
+    """Every leaf split by seed, and by head where it has a head axis (its moments in the optimiser as well)."""
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path)
+        axes: list[str | None] = ["seed"] + [None] * (leaf.ndim - 1)
+        head_axis = 0 if names[-1:] == ("gate",) else _HEAD_AXIS.get(names[-2:])
+        if head_axis is not None:
+            axes[1 + head_axis] = "head"
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+class JitProgram:
+    """One program over a mesh; the compiler inserts the collectives."""
+
+    def __init__(self, run: RunSpec, devices: list[jax.Device]):
+        self.run, self.mesh = run, make_mesh(run, devices)
+        self.compile_seconds = 0.0
+        self.predicted_peak_bytes: int | None = None
+        abstract = jax.eval_shape(functools.partial(init_state, run))
+        self._shardings = state_shardings(abstract, self.mesh)
+        self._batch_sharding = NamedSharding(self.mesh, PartitionSpec("seed", "data"))
+        self._eval_sharding = NamedSharding(self.mesh, PartitionSpec("data"))
+        self._step = jax.jit(functools.partial(train_step, run), donate_argnums=0)
+        self._evaluate = jax.jit(functools.partial(evaluate_step, run))
+        self._compiled: dict[Any, Any] = {}
+
+    def init(self) -> State:
+        return self._timed(jax.jit(functools.partial(init_state, self.run), out_shardings=self._shardings))()
+
+    def abstract_state(self) -> State:
+        abstract = jax.eval_shape(functools.partial(init_state, self.run))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            self._shardings,
+        )
+
+    def load(self, state: State) -> State:
+        return jax.device_put(state, self._shardings)
+
+    def unload(self, state: State) -> State:
+        return state
+
+    def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        batch = jax.device_put(batch, self._batch_sharding)
+        return self._compiled_for("step", self._step, state, batch)(state, batch)
+
+    def evaluate(self, params: Any, constants: Any, batch: Batch) -> dict[str, jax.Array]:
+        batch = jax.device_put(batch, self._eval_sharding)
+        return self._compiled_for("evaluate", self._evaluate, params, constants, batch)(params, constants, batch)
+
+    def _timed(self, function: Any) -> Any:
+        start = time.perf_counter()
+        compiled = function.lower().compile()
+        self.compile_seconds += time.perf_counter() - start
+        return compiled
+
+    def _compiled_for(self, name: str, function: Any, *args: Any) -> Any:
+        key = (name, tuple(sorted((k, v.shape) for k, v in args[-1].items())))
+        if key not in self._compiled:
+            start = time.perf_counter()
+            compiled = self._compiled[key] = function.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+            if name == "step":
+                self.predicted_peak_bytes = max(peak_bytes(compiled) or 0, self.predicted_peak_bytes or 0) or None
+        return self._compiled[key]
+
+
+class PmapProgram(JitProgram):
+    """One program a device, data split between them, sums taken by psum. State carries a leading device axis."""
+
+    def __init__(self, run: RunSpec, devices: list[jax.Device]):
+        super().__init__(run, devices)
+        self._devices = list(self.mesh.devices.flat)
+        self._step = jax.pmap(
+            functools.partial(train_step, run, axis_name="data"),
+            axis_name="data",
+            devices=self._devices,
+            donate_argnums=0,
+        )
+
+    def init(self) -> State:
+        return self.load(super().init())
+
+    def load(self, state: State) -> State:
+        count = len(self._devices)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape)), state)
+
+    def unload(self, state: State) -> State:
+        return jax.device_put(jax.tree.map(lambda leaf: leaf[0], state), self._shardings)
+
+    def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        count = len(self._devices)
+
+        def split(leaf: np.ndarray) -> np.ndarray:
+            seeds, examples = leaf.shape[:2]
+            return np.moveaxis(leaf.reshape(seeds, count, examples // count, *leaf.shape[2:]), 1, 0)
+
+        batch = {name: split(np.asarray(leaf)) for name, leaf in batch.items()}
+        state, metrics = self._compiled_for("step", self._step, state, batch)(state, batch)
+        return state, jax.tree.map(lambda leaf: leaf[0], metrics)
+
+
+def make_program(run: RunSpec, devices: list[jax.Device]) -> JitProgram | PmapProgram:
+    """The program that `run.parallel` asks for. Raises UserError where batch or heads do not fit the devices."""
+    run.check_devices(len(devices))
+    return {"jit": JitProgram, "pmap": PmapProgram}[run.parallel](run, devices)

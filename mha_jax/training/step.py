@@ -1,0 +1,143 @@
+"""One training step, a pure function of (state, batch). Every leaf of state and batch leads with the seed axis R.
+
+  state = {"seed", "step", "params", "constants", "optimizer"}
+
+`params` are nested dicts of arrays under the module's own names, so that what works on heads can index them. How the step
+is spread over devices is the business of parallel.py; nothing here knows a device.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int, Key
+
+from mha_jax.data import batch_shapes
+from mha_jax.models import build_model
+from mha_jax.specs import RunSpec, UserError
+from mha_jax.training.losses import Batch, loss_sums
+from mha_jax.training.optimizers import learning_rate, make_optimizer
+
+State = dict[str, Any]
+_INIT, _DROPOUT = 0, 1
+
+
+def graph(run: RunSpec) -> Any:
+    """The model's structure without its arrays: what `nnx.merge` needs beside params and constants."""
+    model = nnx.eval_shape(lambda: build_model(run, rngs=nnx.Rngs(params=0)))
+    return nnx.split(model, nnx.Param, ...)[0]
+
+
+def merge(run: RunSpec, params: Any, constants: Any) -> Any:
+    """The model of one seed, from the trees of its state."""
+    return nnx.merge(graph(run), params, constants)
+
+
+def _optimizer(run: RunSpec) -> optax.GradientTransformation:
+    return make_optimizer(run.optimizer, run.model.d_model, run.training.steps)
+
+
+def _init_one(run: RunSpec, seed: Int[Array, ""]) -> State:
+    key = jax.random.fold_in(jax.random.key(seed), _INIT)
+    _, params, constants = nnx.split(build_model(run, rngs=nnx.Rngs(params=key)), nnx.Param, ...)
+    params = nnx.to_pure_dict(params)
+    return {
+        "seed": seed,
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "constants": nnx.to_pure_dict(constants),
+        "optimizer": _optimizer(run).init(params),
+    }
+
+
+def init_state(run: RunSpec) -> State:
+    """The state at step 0 of all the run's seeds, each a function of its seed alone."""
+    if run.model.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise UserError("model.dtype='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1")
+    return jax.vmap(functools.partial(_init_one, run))(jnp.asarray(run.seeds, jnp.int32))
+
+
+def dropout_keys(seed: Int[Array, ""], step: Int[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
+    """One key an example, from its row in the whole batch: the same on whatever device the example lands."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+
+
+def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+    def total(tree: Any) -> Any:
+        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+    uses_dropout = run.model.dropout_rate > 0 or run.model.attention_dropout_rate > 0
+    keys = dropout_keys(state["seed"], state["step"], batch["row"]) if uses_dropout else None
+    weight = jnp.maximum(total(jnp.sum(batch["weights"])), 1)
+
+    def objective(params: Any) -> tuple[Array, dict[str, Array]]:
+        model = merge(run, params, state["constants"])
+        sums = loss_sums(run.task, model, batch, keys, run.training.label_smoothing)
+        return sums["objective"] / weight, sums
+
+    grads, sums = jax.grad(objective, has_aux=True)(state["params"])
+    grads, sums = total((grads, sums))
+    updates, optimizer = _optimizer(run).update(grads, state["optimizer"], state["params"])
+    new = {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer, "step": state["step"] + 1}
+    # A step with a non-finite loss or gradient changes nothing, so that the last good state can be looked at.
+    grad_norm = optax.tree.norm(grads)
+    good = jnp.isfinite(grad_norm) & jnp.isfinite(sums["objective"])
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, {name: state[name] for name in new})
+    metrics = {
+        "loss": sums["loss"] / weight,
+        "tokens": sums["weight"],
+        "grad_norm": grad_norm,
+        "learning_rate": jnp.asarray(learning_rate(run.optimizer, run.model.d_model, run.training.steps)(state["step"])),
+        "good": good,
+    }
+    return {**state, **kept}, metrics
+
+
+def train_step(
+    run: RunSpec, state: State, batch: Batch, axis_name: str | None = None
+) -> tuple[State, dict[str, Array]]:
+    """All seeds one step on. Returns the new state and per-seed metrics, each (R,).
+
+    "loss" is the unsmoothed nats a target; "good" is False where loss or gradient was not finite: that seed's state is
+    returned unchanged. With `axis_name` the batch is one shard of a larger one, and sums are taken over that axis.
+    """
+    return jax.vmap(functools.partial(_step_one, run, axis_name))(state, batch)
+
+
+def evaluate_step(run: RunSpec, params: Any, constants: Any, batch: Batch) -> dict[str, Array]:
+    """Sums of loss, correct predictions and weight over one batch, without dropout: each (R,). All seeds see one batch."""
+
+    def one(params: Any, constants: Any) -> dict[str, Array]:
+        return loss_sums(run.task, merge(run, params, constants), batch, None, 0.0)
+
+    return jax.vmap(one)(params, constants)
+
+
+def abstract_batches(run: RunSpec) -> list[Batch]:
+    """Shapes of every distinct training batch, seeds stacked."""
+    seeds = len(run.seeds)
+    return [
+        {name: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
+        for shapes in batch_shapes(run.data, run.task)
+    ]
+
+
+def peak_bytes(compiled: Any) -> int | None:
+    """What XLA plans to have allocated at the worst moment of a compiled program, in bytes; None where it does not say."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    sizes = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return int(sizes + plan.temp_size_in_bytes)
+
+
+def predicted_peak_bytes(run: RunSpec) -> int | None:
+    """Compiles the largest step of the run on one device, trains nothing, and returns XLA's own plan in bytes."""
+    state = jax.eval_shape(lambda: init_state(run))
+    largest = max(abstract_batches(run), key=lambda batch: batch["weights"].size)
+    step = jax.jit(functools.partial(train_step, run), donate_argnums=0)
+    return peak_bytes(step.lower(state, largest).compile())

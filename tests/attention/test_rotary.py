@@ -1,0 +1,43 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mha_jax.attention.rotary import rotate
+from mha_jax.specs import UserError
+
+B, T, H, K = 2, 7, 3, 10
+
+
+def test_rotation_is_multiplication_of_complex_pairs():
+    x = jax.random.normal(jax.random.key(0), (B, T, H, K))
+    pairs = np.asarray(x, np.float64)[..., 0::2] + 1j * np.asarray(x, np.float64)[..., 1::2]
+    angles = np.arange(T)[:, None] * 10000.0 ** (-2 * np.arange(K // 2) / K)
+    turned = pairs * np.exp(1j * angles)[None, :, None, :]
+    y = rotate(x, jnp.arange(T))
+    np.testing.assert_allclose(y[..., 0::2], turned.real, atol=1e-5)
+    np.testing.assert_allclose(y[..., 1::2], turned.imag, atol=1e-5)
+
+
+def test_products_depend_on_the_difference_of_positions():
+    q, k = jax.random.normal(jax.random.key(1), (2, B, T, H, K))
+    here = jnp.einsum("bthk,bthk->bth", rotate(q, jnp.arange(T) + 5), rotate(k, jnp.arange(T) + 3))
+    there = jnp.einsum("bthk,bthk->bth", rotate(q, jnp.arange(T) + 105), rotate(k, jnp.arange(T) + 103))
+    np.testing.assert_allclose(here, there, atol=1e-4)
+
+
+def test_positions_may_differ_between_examples():
+    x = jax.random.normal(jax.random.key(2), (B, T, H, K))
+    positions = jnp.stack([jnp.arange(T), jnp.arange(T)[::-1]])
+    np.testing.assert_array_equal(rotate(x, positions)[1], rotate(x, positions[1])[1])
+
+
+def test_bfloat16_angles_are_exact_at_long_positions():
+    x = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    expected = np.cos(4097.0) - np.sin(4097.0)
+    assert abs(float(rotate(x, jnp.array([4097]))[0, 0, 0, 0]) - expected) < 0.01
+
+
+def test_odd_width_is_refused():
+    with pytest.raises(UserError, match="qk_dim=3 must be even"):
+        rotate(jnp.ones((1, 1, 1, 3)), jnp.arange(1))

@@ -1,0 +1,64 @@
+"""PyTorch's contestant is the same model: same parameters, same loss, same step."""
+
+import jax
+import numpy as np
+import pytest
+
+from mha_jax.benchmarks.train_step import language_model, random_batch
+from mha_jax.training.step import init_state, train_step
+
+torch = pytest.importorskip("torch", reason="PyTorch is only in requirements-bench.txt")
+
+
+def copy_kernel(linear, kernel, inputs):
+    linear.weight.data = torch.tensor(np.asarray(kernel).reshape(inputs, -1).T.copy())
+
+
+def copy_norm(norm, params):
+    norm.weight.data, norm.bias.data = (torch.tensor(np.array(params[name])) for name in ("scale", "bias"))
+
+
+def copy_parameters(model, params):
+    """Ours into PyTorch's; a norm and a bias at their starts would hide a swap, so the caller perturbs them."""
+    model.tokens.data = torch.tensor(np.array(params["tokens"]["embedding"]))
+    model.positions.data = torch.tensor(np.array(params["decoder"]["positions"]["embedding"]))
+    copy_norm(model.final_norm, params["decoder"]["final_norm"])
+    for layer, block in enumerate(model.blocks):
+        ours = params["decoder"]["blocks"][layer]
+        for name in ("query", "key", "value"):
+            copy_kernel(getattr(block, name), ours["attention"][name]["kernel"], block.query.in_features)
+        copy_kernel(block.out, ours["attention"]["out"]["kernel"], block.out.in_features)
+        for name in ("up", "down"):
+            linear = getattr(block, name)
+            copy_kernel(linear, ours["feed_forward"][name]["kernel"], linear.in_features)
+            linear.bias.data = torch.tensor(np.array(ours["feed_forward"][name]["bias"]))
+        copy_norm(block.attention_norm, ours["attention_norm"])
+        copy_norm(block.feed_forward_norm, ours["feed_forward_norm"])
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_loss_before_and_after_steps_is_ours(num_heads):
+    from mha_jax.benchmarks import torch_lm
+
+    run = language_model(num_heads, num_layers=2, d_model=20, d_ff=29, length=7, batch_size=3)
+    state, batch = init_state(run), random_batch(run)
+    leaves, tree = jax.tree.flatten(state["params"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    state["params"] = jax.tree.unflatten(tree, noisy)
+
+    model = torch_lm.LanguageModel(run)
+    copy_parameters(model, jax.tree.map(lambda leaf: leaf[0], state["params"]))
+    assert sum(p.numel() for p in model.parameters()) == sum(leaf[0].size for leaf in noisy)
+    inputs, targets = (torch.from_numpy(batch[name].astype(np.int64)) for name in ("inputs", "targets"))
+    optimizer = torch_lm.optimizer_of(model, run)
+    stacked = {name: leaf[None] for name, leaf in batch.items()}
+    for _ in range(3):
+        state, metrics = train_step(run, state, stacked)
+        for group in optimizer.param_groups:  # ours warms up
+            group["lr"] = float(metrics["learning_rate"][0])
+        optimizer.zero_grad()
+        loss = model(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        np.testing.assert_allclose(loss.item(), metrics["loss"][0], rtol=2e-5)

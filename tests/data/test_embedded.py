@@ -1,0 +1,36 @@
+import pytest
+
+from mha_jax.data import embedded
+
+
+@pytest.mark.slow
+def test_corpus_is_large_distinct_and_the_same_each_time():
+    splits = embedded.documents()
+    assert splits == embedded.documents()
+    texts = [text for split in splits.values() for text in split]
+    assert len(set(texts)) == len(texts)
+    assert sum(map(len, texts)) > 1_000_000
+    assert 0.02 < len(splits["validation"]) / len(texts) < 0.09
+    assert 0.02 < len(splits["test"]) / len(texts) < 0.09
+    assert any("Return a list of" in text for text in splits["train"])
+
+
+def test_fingerprint_changes_with_the_library(monkeypatch):
+    before = embedded.fingerprint()
+    assert before == embedded.fingerprint()
+    modules = embedded._modules()
+    monkeypatch.setattr(embedded, "_modules", lambda: modules[1:])
+    assert embedded.fingerprint() != before
+
+
+def test_tests_and_installed_packages_are_left_out():
+    for path in embedded._modules():
+        assert not {"test", "site-packages"}.intersection(path.parts[-3:])
+
+
+def test_docstrings_are_read_without_importing(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('"""Top."""\nraise RuntimeError\ndef f():\n    """Inner\n    text."""\n')
+    assert embedded._docstrings(path) == "Top.\n\nInner\ntext."
+    path.write_text("def broken(:\n")
+    assert embedded._docstrings(path) == ""

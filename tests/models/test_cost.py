@@ -1,0 +1,163 @@
+import dataclasses
+
+import jax
+import pytest
+from flax import nnx
+
+from mha_jax.models.cost import flops_per_token, kv_cache_bytes_per_token, matched_d_ff, parameters
+from mha_jax.models.transformer import build_model
+from mha_jax.specs import UserError
+
+VASWANI = {
+    "num_layers": 6,
+    "d_model": 512,
+    "num_heads": 8,
+    "qk_dim": 64,
+    "v_dim": 64,
+    "d_ff": 2048,
+    "max_length": 512,
+    "positions": "sinusoidal",
+    "norm": "post",
+    "activation": "relu",
+}
+# 37,000 tokens give 63.1M. Every count that the paper prints for d_model = 256, 512 and 1024 follows from 41,100.
+BPE = {"tokenizer": "bpe", "vocab_size": 41_100}
+HEADS = [
+    {},
+    {"num_heads": 6, "num_kv_heads": 2},
+    {"num_heads": 6, "num_kv_heads": 1, "use_bias": True},
+    {"num_heads": 5, "num_kv_heads": 2, "head_to_group": (0, 0, 1, 0, 1)},
+    {"num_heads": (0, 3)},
+    {"num_heads": 0, "use_bias": True},
+    {"positions": "learned", "norm": "post"},
+    {"positions": "sinusoidal", "norm": "pre"},
+]
+
+
+def count_built(run):
+    model = nnx.eval_shape(lambda: build_model(run, rngs=nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("task", ["lm", "translation", "classification"])
+@pytest.mark.parametrize("model", HEADS, ids=str)
+def test_parameters_are_those_of_the_built_model(make_run, task, model):
+    run = make_run(task, **model)
+    assert parameters(run) == count_built(run)
+
+
+def test_parameters_of_a_language_model_written_out(make_run):
+    # D=11, H=3, K=4, V=5, F=13, L=2, 260 tokens, 17 learned positions
+    attention = 11 * 3 * 4 + 11 * 3 * 4 + 11 * 3 * 5 + 3 * 5 * 11
+    feed_forward = 11 * 13 + 13 + 13 * 11 + 11
+    norms = 2 * (2 * 11)
+    expected = 260 * 11 + 17 * 11 + 2 * (attention + feed_forward + norms) + 2 * 11
+    assert parameters(make_run("lm")) == expected
+
+
+def test_flops_of_a_language_model_written_out(make_run):
+    # D=11, H=6, G=2, K=4, V=5, F=13, L=2, S=7
+    projections = 2 * (11 * 6 * 4 + 11 * 2 * 4 + 11 * 2 * 5 + 6 * 5 * 11)
+    square = 2 * 7 * 6 * 4 + 2 * 7 * 6 * 5
+    expected = 2 * (projections + square + 2 * 2 * 11 * 13) + 2 * 260 * 11
+    assert flops_per_token(make_run("lm", num_heads=6, num_kv_heads=2)) == expected
+
+
+def test_flops_of_a_translator_count_source_and_target_stack(make_run):
+    # three attentions a layer, two feed-forward blocks, one look at the vocabulary
+    attention = 2 * (2 * 11 * 3 * 4 + 2 * 11 * 3 * 5) + 2 * 7 * 3 * (4 + 5)
+    expected = 2 * (3 * attention + 2 * 2 * 2 * 11 * 13) + 2 * 260 * 11
+    assert flops_per_token(make_run("translation")) == expected
+
+
+def test_flops_of_a_classifier_leave_out_the_vocabulary(make_run):
+    attention = 2 * (2 * 11 * 3 * 4 + 2 * 11 * 3 * 5) + 2 * 7 * 3 * (4 + 5)
+    assert flops_per_token(make_run("classification")) == 2 * (attention + 2 * 2 * 11 * 13)
+
+
+@pytest.mark.parametrize(
+    ("changes", "millions"),
+    [
+        ({}, 65),
+        ({"qk_dim": 16}, 58),
+        ({"qk_dim": 32}, 60),
+        ({"num_layers": 2}, 36),
+        ({"num_layers": 4}, 50),
+        ({"num_layers": 8}, 80),
+        ({"d_model": 256, "qk_dim": 32, "v_dim": 32}, 28),
+        ({"d_model": 1024, "qk_dim": 128, "v_dim": 128}, 168),
+        ({"d_ff": 1024}, 53),
+        ({"d_ff": 4096}, 90),
+    ],
+    ids=str,
+)
+def test_parameters_of_vaswani_table_3(make_run, changes, millions):
+    assert round(parameters(make_run("translation", data=BPE, **(VASWANI | changes))) / 1e6) == millions
+
+
+def test_parameters_of_vaswani_base_with_37000_tokens_written_out(make_run):
+    attention, feed_forward, norm = 4 * 512 * 512, 2 * 512 * 2048 + 2048 + 512, 2 * 512
+    encoder = 6 * (attention + feed_forward + 2 * norm)
+    decoder = 6 * (2 * attention + feed_forward + 3 * norm)
+    run = make_run("translation", data=BPE | {"vocab_size": 37_000}, **VASWANI)
+    assert parameters(run) == 37_000 * 512 + encoder + decoder == 63_082_496
+
+
+@pytest.mark.parametrize(("num_heads", "width"), [(1, 512), (4, 128), (16, 32), (32, 16)])
+def test_heads_at_fixed_width_cost_the_same(make_run, num_heads, width):
+    base = make_run("translation", data=BPE, **VASWANI)
+    cell = make_run("translation", data=BPE, **(VASWANI | {"num_heads": num_heads, "qk_dim": width, "v_dim": width}))
+    assert parameters(cell) == parameters(base)
+    assert flops_per_token(cell) == flops_per_token(base)
+    assert kv_cache_bytes_per_token(cell) == kv_cache_bytes_per_token(base)
+
+
+BASE = {"num_heads": 3, "num_kv_heads": None, "qk_dim": 4, "v_dim": 5}
+
+
+@pytest.mark.parametrize("task", ["lm", "translation", "classification"])
+@pytest.mark.parametrize("heads", [{"num_heads": 1}, {"num_heads": 4}, {"num_kv_heads": 1}, {"qk_dim": 2}], ids=str)
+def test_matching_lands_within_half_a_unit_of_the_base(make_run, task, heads):
+    layers = 4 if task == "translation" else 2
+    for match, cost, unit in (("params", parameters, 23), ("flops", flops_per_token, 44)):
+        cell = make_run(task, match=match, match_base=BASE, d_ff=53, **heads)
+        assert abs(cost(cell) - cost(make_run(task, d_ff=53))) <= layers * unit / 2
+        assert matched_d_ff(cell) != 53
+
+
+def test_matching_is_what_the_built_model_has(make_run):
+    run = make_run("lm", match="params", match_base=BASE, num_heads=1)
+    assert parameters(run) == count_built(run)
+    # two heads of 4 + 4 + 5 + 5 columns are gone; 23 parameters buy one unit
+    assert matched_d_ff(run) == 13 + round(2 * 18 * 11 / 23)
+
+
+def test_the_base_matches_itself(make_run):
+    for match in ("none", "params", "flops"):
+        assert matched_d_ff(make_run("lm", match=match, match_base=BASE)) == 13
+
+
+def test_matching_by_kind_of_attention(make_run):
+    base = {"num_heads": {"encoder": 3, "decoder": 2, "cross": 1}, "qk_dim": 4, "v_dim": 5}
+    cell = make_run("translation", match="params", match_base=base, num_heads=2)
+    assert matched_d_ff(cell) == 13  # 3 + 2 + 1 heads a layer, as in 2 + 2 + 2
+
+
+def test_attention_dearer_than_the_base_is_refused(make_run):
+    run = make_run("lm", match="params", match_base=BASE, num_heads=30)
+    with pytest.raises(UserError, match=r"num_heads=30 alone costs more than the base; a model.d_ff of at least 234"):
+        matched_d_ff(run)
+    assert matched_d_ff(dataclasses.replace(run, model=dataclasses.replace(run.model, d_ff=234))) == 1
+
+
+def test_a_base_that_is_no_head_shape_is_refused(make_run):
+    with pytest.raises(UserError, match=r"match_base has 'd_model'"):
+        matched_d_ff(make_run("lm", match="params", match_base={"d_model": 3}))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4), ("float64", 8)])
+def test_cache_bytes(make_run, dtype, size):
+    heads = {"num_heads": 6, "num_kv_heads": {"encoder": 6, "decoder": 2, "cross": 3}, "dtype": dtype}
+    per_layer = {"lm": 2 * (4 + 5), "translation": 2 * (4 + 5) + 3 * (4 + 5), "classification": 0}
+    for task, numbers in per_layer.items():
+        assert kv_cache_bytes_per_token(make_run(task, **heads)) == 2 * numbers * size

@@ -1,0 +1,200 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mha_jax.models.cache import cached_step, empty_cache, read_memory
+from mha_jax.models.decoding import generate, translate
+from mha_jax.models.transformer import build_model
+from mha_jax.specs import BOS, EOS, MASK, PAD, UserError
+
+SOURCE = jnp.array([[5, 9, 7, 2, 0], [8, 4, 2, 0, 0], [6, 6, 9, 5, 2]])
+LENGTHS = jnp.array([4, 3, 5])
+SHAPES = {
+    "MHA": {},
+    "GQA with rope": {"num_heads": 6, "num_kv_heads": 2, "positions": "rope"},
+    "MQA after Vaswani": {"num_heads": 3, "num_kv_heads": 1, "positions": "sinusoidal", "norm": "post"},
+    "ragged": {"num_heads": 5, "num_kv_heads": 2, "head_to_group": (0, 0, 1, 0, 1), "use_bias": True},
+    "a layer without heads": {"num_heads": (0, 3), "positions": "none"},
+    "heads by kind": {"num_heads": {"encoder": 2, "decoder": 3, "cross": 1}},
+    "float64": {"dtype": "float64"},
+}
+
+
+def build(run, tokens=None, seed=0):
+    """A model whose logits are spread enough to be told apart; with `tokens` the vocabulary is cut to so many."""
+    model = build_model(run, rngs=nnx.Rngs(seed))
+    model.tokens.embedding[...] = 2 * model.tokens.embedding[...][:tokens]
+    return model
+
+
+@pytest.fixture
+def translator(make_run):
+    return build(make_run("translation"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_steps_equal_the_whole_forward(make_run, shape):
+    with jax.enable_x64(shape == "float64"):
+        tolerance = 1e-12 if shape == "float64" else 1e-5
+        model = build(make_run("translation", **SHAPES[shape]))
+        target = jnp.array([[1, 6, 6, 5, 8], [1, 9, 4, 7, 7], [1, 5, 5, 5, 5]])
+        memory_BSD = model.encode(SOURCE, LENGTHS)
+        whole = model.decode(target, memory_BSD, LENGTHS)
+        memory = read_memory(model.decoder, memory_BSD, LENGTHS)
+        cache = empty_cache(model.decoder, 3, 7)
+        for t in range(5):
+            x_N1D = model.tokens.embed(target[:, t : t + 1])
+            x_N1D, cache = cached_step(model.decoder, x_N1D, jnp.array(t), cache, memory)
+            np.testing.assert_allclose(model.tokens.logits(x_N1D)[:, 0], whole[:, t], atol=tolerance, rtol=tolerance)
+
+
+def test_cache_holds_as_many_bytes_as_cost_says(make_run):
+    from mha_jax.models.cost import kv_cache_bytes_per_token
+
+    run = make_run("lm", num_heads=6, num_kv_heads=2, dtype="bfloat16")
+    cache = empty_cache(build(run).decoder, 3, 7)
+    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == 3 * 7 * kv_cache_bytes_per_token(run)
+
+
+def greedy(logits_of, prompt, max_length):
+    """Token after token, each from the whole forward over all before it."""
+    tokens = list(prompt)
+    while len(tokens) < max_length:
+        scores = np.array(logits_of(jnp.array([tokens]))[0, -1])
+        scores[[PAD, BOS, MASK]] = -np.inf
+        tokens.append(int(scores.argmax()))
+        if tokens[-1] == EOS:
+            break
+    return tokens + [PAD] * (max_length - len(tokens))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_generate_is_greedy_over_the_whole_forward(make_run, shape):
+    if shape == "heads by kind":
+        pytest.skip("a language model has one kind of attention")
+    with jax.enable_x64(shape == "float64"):
+        model = build(make_run("lm", **SHAPES[shape]), tokens=7)
+        prompts, lengths = jnp.array([[5, 4, 6, 0], [4, 4, 5, 6], [6, 0, 0, 0]]), jnp.array([3, 4, 1])
+        written = jax.jit(lambda: generate(model, prompts, lengths, max_length=11))()
+        for row in range(3):
+            assert written[row].tolist() == greedy(model, prompts[row, : lengths[row]].tolist(), 11)
+
+
+def test_generate_stops_at_the_end_of_sequence_but_not_at_one_in_the_prompt(make_run):
+    model = build(make_run("lm", d_ff=3), tokens=5)
+    model.tokens.embedding[...] = model.tokens.embedding[...].at[EOS].mul(30)
+    lengths = jnp.array([3, 3, 3, 3, 3])
+    prompts = jnp.array([[4, EOS, 4], [4, 4, 4], [4, 4, 3], [3, 4, 4], [4, 3, 3]])
+    written = np.asarray(generate(model, prompts, lengths, max_length=9))
+    assert (written[:, :3] == prompts).all()
+    ended = [row for row in range(5) if EOS in written[row, 3:]]
+    assert ended
+    for row in ended:
+        assert (written[row, 3 + written[row, 3:].tolist().index(EOS) + 1 :] == PAD).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_beam_of_one_is_greedy_over_the_whole_forward(make_run, shape):
+    with jax.enable_x64(shape == "float64"):
+        model = build(make_run("translation", **SHAPES[shape]))
+        search = jax.jit(lambda: translate(model, SOURCE, LENGTHS, max_length=8, beam_size=1, length_penalty=0.6))
+        tokens, scores = search()
+        memory = model.encode(SOURCE, LENGTHS)
+        for row in range(3):
+            one = slice(row, row + 1)
+            logits_of = lambda y, one=one: model.decode(y, memory[one], LENGTHS[one])  # noqa: E731
+            assert [BOS, *tokens[row].tolist()] == greedy(logits_of, [BOS], 9)
+            np.testing.assert_allclose(scores[row], log_probability(model, row, tokens[row]), rtol=1e-5)
+
+
+def log_probability(model, row, tokens):
+    tokens = [int(t) for t in tokens if t != PAD]
+    memory = model.encode(SOURCE[row : row + 1], LENGTHS[row : row + 1])
+    logits = model.decode(jnp.array([[BOS, *tokens[:-1]]]), memory, LENGTHS[row : row + 1])
+    return float(jax.nn.log_softmax(logits[0])[jnp.arange(len(tokens)), jnp.array(tokens)].sum())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_wide_beam_finds_the_best_of_all_translations(make_run, alpha, seed):
+    # Tokens 4, 5, 6 and EOS, at most 3 of them before the end: 9 hypotheses that go on are all there are.
+    model = build(make_run("translation"), seed=seed)
+    model.tokens.embedding[...] = model.tokens.embedding[...].at[EOS].set(model.tokens.embedding[4:7].mean(axis=0))
+    cut = jnp.arange(260) < 7
+    plain_logits = model.tokens.logits
+    object.__setattr__(model.tokens, "logits", lambda x: jnp.where(cut[None, None], plain_logits(x), -1e9))
+    tokens, scores = translate(model, SOURCE, LENGTHS, max_length=3, beam_size=9, length_penalty=alpha)
+    ended = [(*body, EOS) for n in range(3) for body in itertools.product((4, 5, 6), repeat=n)]
+    for row in range(3):
+        score = {y: log_probability(model, row, y) / ((5 + len(y)) / 6) ** alpha for y in ended}
+        best = max(ended, key=lambda y: score[y])
+        assert tuple(t for t in tokens[row].tolist() if t != PAD) == best
+        np.testing.assert_allclose(scores[row], score[best], rtol=1e-5)
+
+
+def test_unended_translations_return_the_best_hypothesis(make_run):
+    model = build(make_run("translation"))
+    model.tokens.embedding[...] = model.tokens.embedding[...].at[EOS].set(0)
+    tokens, scores = translate(model, SOURCE, LENGTHS, max_length=4, beam_size=3, length_penalty=0.6)
+    for row in range(3):
+        if EOS not in tokens[row]:
+            expected = log_probability(model, row, tokens[row]) / ((5 + 4) / 6) ** 0.6
+            np.testing.assert_allclose(scores[row], expected, rtol=1e-5)
+    assert any(EOS not in tokens[row] for row in range(3))
+
+
+@pytest.mark.parametrize("shape", ["MHA", "GQA with rope"])
+def test_a_batch_is_translated_as_its_sentences_one_by_one(make_run, shape):
+    model = build(make_run("translation", **SHAPES[shape]))
+    search = jax.jit(
+        lambda source, lengths: translate(model, source, lengths, max_length=9, beam_size=4, length_penalty=0.6)
+    )
+    tokens, scores = search(SOURCE, LENGTHS)
+    for row in range(3):
+        alone_tokens, alone_scores = search(SOURCE[row : row + 1], LENGTHS[row : row + 1])
+        assert alone_tokens[0].tolist() == tokens[row].tolist()
+        np.testing.assert_allclose(alone_scores[0], scores[row], rtol=1e-5)
+
+
+def test_padding_of_the_source_changes_no_translation(translator):
+    found = [
+        translate(translator, source, LENGTHS, max_length=6, beam_size=3, length_penalty=0.6)
+        for source in (SOURCE, SOURCE.at[0, 4:].set(9).at[1, 3:].set(7))
+    ]
+    assert (found[0][0] == found[1][0]).all()
+    assert (found[0][1] == found[1][1]).all()
+
+
+def test_what_follows_the_end_is_padding_and_specials_are_never_written(translator):
+    tokens, _ = translate(translator, SOURCE, LENGTHS, max_length=12, beam_size=4, length_penalty=0.6)
+    for row in tokens.tolist():
+        body = row[: row.index(EOS)] if EOS in row else row
+        assert not {PAD, BOS, MASK} & set(body)
+        assert set(row[len(body) + 1 :]) <= {PAD}
+
+
+def test_translators_of_several_seeds_search_as_one(make_run):
+    models = [build(make_run("translation"), seed=seed) for seed in range(3)]
+    graph, _ = nnx.split(models[0])
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(nnx.state(model) for model in models))
+
+    def search(state):
+        return translate(nnx.merge(graph, state), SOURCE, LENGTHS, max_length=7, beam_size=3, length_penalty=0.6)
+
+    tokens, scores = jax.jit(jax.vmap(search))(stacked)
+    for seed, model in enumerate(models):
+        alone_tokens, alone_scores = search(nnx.state(model))
+        assert tokens[seed].tolist() == alone_tokens.tolist()
+        np.testing.assert_allclose(scores[seed], alone_scores, rtol=1e-5)
+
+
+def test_lengths_beyond_the_positions_are_refused(make_run, translator):
+    with pytest.raises(UserError, match=r"max_length=18 must be between 1 and model.max_length=17"):
+        translate(translator, SOURCE, LENGTHS, max_length=18, beam_size=2, length_penalty=0.6)
+    model = build(make_run("lm"))
+    with pytest.raises(UserError, match=r"max_length=3 is shorter than the prompts, which are 5 tokens long"):
+        generate(model, SOURCE, LENGTHS, max_length=3)

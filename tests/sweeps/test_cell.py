@@ -1,0 +1,134 @@
+"""One cell in this process: what is recorded, and which exit code each ending has."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from mha_jax.specs import UserError
+from mha_jax.sweeps import grid
+from mha_jax.sweeps.cell import Exit, run_cell
+from mha_jax.sweeps.store import Busy, RunDirectory
+from mha_jax.training import loop
+
+
+@pytest.fixture
+def directory(config_file, tmp_path):
+    # One device, whatever the suite simulates: the batch of 5 must fit.
+    config = grid.load(config_file, {"mesh.data": 1}).config
+    return RunDirectory.create(tmp_path / "w" / "runs" / "tiny", config)
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Replaces the training loop by a function of (report, should_stop) and gives what it was called with."""
+    seen = []
+
+    def use(act):
+        def train(config, run, directory, *, cache_dir, report, should_stop, progress):
+            seen.append({"config": config, "run": run, "directory": directory, "cache_dir": cache_dir})
+            return act(report, should_stop)
+
+        monkeypatch.setattr(loop, "train", train)
+        return seen
+
+    return use
+
+
+def fail(error):
+    def act(report, should_stop):
+        raise error
+
+    return act
+
+
+def test_a_finished_run_is_recorded_and_not_run_again(directory, play):
+    seen = play(lambda report, should_stop: report({"step": 11}) or "done")
+    assert run_cell(directory) == Exit.DONE
+    assert run_cell(directory) == Exit.DONE
+    assert len(seen) == 1
+    status = directory.status
+    assert (status["state"], status["step"], status["steps"], status["attempts"]) == ("done", 11, 11, 1)
+    assert status["devices"]["platform"] == "cpu"
+    assert "jax" in status["versions"] and status["error"] is None
+
+
+def test_the_loop_gets_the_resolved_config_and_the_caches_of_the_sweep(directory, play):
+    seen = play(lambda report, should_stop: "done")
+    run_cell(directory)
+    assert seen[0]["config"] == directory.config
+    assert seen[0]["run"].model.num_heads == 2
+    assert seen[0]["cache_dir"] == directory.workdir / ".cache" / "data"
+
+
+def test_seconds_add_up_over_attempts(directory, play):
+    play(lambda report, should_stop: report({"seconds": {"train": 2.0, "data": 1.0}}) or "stopped")
+    assert run_cell(directory) == Exit.STOPPED
+    assert directory.state == "stopped"
+    play(lambda report, should_stop: report({"seconds": {"train": 3.0}}) or "done")
+    run_cell(directory)
+    seconds = directory.status["seconds"]
+    assert (seconds["train"], seconds["data"]) == (5.0, 1.0)
+    assert seconds["imports"] >= 0
+    assert directory.status["attempts"] == 2
+
+
+def test_a_failure_leaves_its_traceback_and_success_removes_it(directory, play):
+    play(fail(RuntimeError("loss is not finite\nat step 3")))
+    assert run_cell(directory) == Exit.FAILED
+    assert "in act\n    raise error" in (directory.path / "error.txt").read_text()
+    assert directory.status["error"] == "RuntimeError: loss is not finite"
+    assert directory.failure == (
+        f"run tiny failed: RuntimeError: loss is not finite; its traceback lies in {directory.path}/error.txt"
+    )
+    play(lambda report, should_stop: "done")
+    assert run_cell(directory) == Exit.DONE
+    assert not (directory.path / "error.txt").exists()
+    assert directory.status["error"] is None
+
+
+def test_what_the_user_got_wrong_is_another_exit_code(directory, play):
+    play(fail(UserError("the text is empty")))
+    assert run_cell(directory) == Exit.WRONG_INPUT
+    assert directory.status["error"] == "the text is empty"
+
+
+def test_devices_that_do_not_fit_stop_the_run_before_its_training(config_file, tmp_path, play):
+    seen = play(lambda report, should_stop: "done")
+    directory = RunDirectory.create(tmp_path / "runs" / "r", grid.load(config_file, {"mesh.data": 1000}).config)
+    assert run_cell(directory) == Exit.WRONG_INPUT
+    assert "needs 1000 devices" in directory.status["error"]
+    assert not seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_the_loop_to_stop(directory, play, number):
+    before = signal.getsignal(number)
+
+    def act(report, should_stop):
+        assert not should_stop()
+        os.kill(os.getpid(), number)
+        return "stopped" if should_stop() else "done"
+
+    play(act)
+    assert run_cell(directory) == Exit.STOPPED
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_in_other_hands_is_left_alone(directory, play):
+    seen = play(lambda report, should_stop: "done")
+    with directory.lock(), pytest.raises(Busy):
+        run_cell(directory)
+    assert not seen and directory.state == "queued"
+
+
+def test_status_is_json_at_every_report(directory, play):
+    def act(report, should_stop):
+        for step in range(3):
+            report({"step": step})
+            assert json.loads((directory.path / "status.json").read_text())["state"] == "running"
+        return "done"
+
+    play(act)
+    assert run_cell(directory) == Exit.DONE

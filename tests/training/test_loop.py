@@ -1,0 +1,142 @@
+"""A run is a function of its config: stopped, killed or left alone, it ends with the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from mha_jax import config as configs
+from mha_jax.training import loop
+from mha_jax.training.checkpoints import Checkpoints
+from mha_jax.training.metrics import read_metrics
+from mha_jax.training.parallel import make_program
+from tests import tiny
+
+TIMINGS = {"step_seconds", "tokens_per_second", "compile_seconds", "peak_bytes"}
+TEXT = "".join(f"the {a} {b} sat on the {c}\n\n" for a in "red old big".split() for b in "cat dog hen".split() for c in "mat hat bat".split())
+
+
+def text_config(folder, **overrides):
+    path = folder / "corpus.txt"
+    if not path.exists():
+        path.write_text(TEXT * 3)
+    values = {"data__files__train": str(path), "model__dropout_rate": 0.1, "mesh__data": 1, **overrides}
+    return tiny.config("lm", **values)
+
+
+def train(folder, name, config, stop_at=None):
+    """Trains in folder/name; `stop_at` asks to stop before that step."""
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        return stop_at is not None and len(asked) > stop_at
+
+    facts = {}
+    outcome = loop.train(
+        config,
+        configs.resolve(config),
+        epath.Path(folder / name),
+        cache_dir=epath.Path(folder / "cache"),
+        report=facts.update,
+        should_stop=should_stop,
+        progress=False,
+    )
+    return outcome, facts
+
+
+def result(directory, config):
+    """Final arrays by name, and the metrics without timings."""
+    program = make_program(configs.resolve(config), jax.devices())
+    abstract = loop.flatten(program.abstract_state())
+    restored = Checkpoints(directory / "checkpoints", keep_last=2).restore(abstract)
+    rows = [row for row in read_metrics(directory / "metrics.jsonl")[0] if row["name"] not in TIMINGS]
+    assert restored is not None
+    return restored.step, {name: np.asarray(leaf) for name, leaf in restored.state.items()}, rows
+
+
+def assert_same(a, b):
+    assert a[0] == b[0]
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        np.testing.assert_array_equal(a[1][name], b[1][name], err_msg=name)
+    assert a[2] == b[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_a_run_stopped_at_odd_steps_ends_with_the_same_bits_and_metrics(tmp_path, parallel):
+    config = text_config(tmp_path, parallel=parallel, mesh__data=2)
+    assert train(tmp_path, "whole", config)[0] == "done"
+    assert train(tmp_path, "parts", config, stop_at=7)[0] == "stopped"
+    assert train(tmp_path, "parts", config, stop_at=6)[0] == "stopped"
+    assert train(tmp_path, "parts", config)[0] == "done"
+    assert_same(result(tmp_path / "whole", config), result(tmp_path / "parts", config))
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from tests.training.test_loop import text_config, train
+train(Path(sys.argv[1]), "killed", text_config(Path(sys.argv[1]), training__steps=200, training__checkpoint_every=20))
+"""
+
+
+@pytest.mark.slow
+def test_train_200_equals_train_80_kill_9_and_train_to_200(tmp_path):
+    config = text_config(tmp_path, training__steps=200, training__checkpoint_every=20)
+    train(tmp_path, "whole", config)
+    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path)], env={**os.environ, "PYTHONPATH": "."})
+    seal = tmp_path / "killed" / "checkpoints" / "80" / "manifest.json"
+    deadline = time.time() + 240
+    while not seal.exists() and time.time() < deadline and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert train(tmp_path, "killed", config)[0] == "done"
+    assert_same(result(tmp_path / "whole", config), result(tmp_path / "killed", config))
+
+
+def test_a_run_writes_the_metrics_that_the_report_reads(tmp_path):
+    config = text_config(tmp_path, training__average_last=2)
+    outcome, facts = train(tmp_path, "run", config)
+    assert outcome == "done"
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    last = {(row["split"], row["name"]) for row in rows if row["step"] == 20 and row["seed"] == 1}
+    for split in ("validation", "test"):
+        assert {(split, "loss"), (split, "perplexity"), (split, "bits_per_byte"), (split, "accuracy")} <= last
+    assert {("train", "loss"), ("train", "learning_rate"), ("train", "step_seconds"), ("train", "compile_seconds")} <= last
+    keys = [(row["step"], row["seed"], row["split"], row["name"]) for row in rows]
+    assert len(keys) == len(set(keys))
+    assert set(facts["seconds"]) >= {"train", "eval", "compile", "data", "save"}
+    assert facts["parameters"] > 0 and facts["predicted_peak_bytes"] > 0
+    assert json.dumps(facts)
+
+
+def test_the_final_evaluation_is_of_the_averaged_checkpoints(tmp_path):
+    plain, averaged = (text_config(tmp_path, training__average_last=n) for n in (1, 2))
+    train(tmp_path, "plain", plain)
+    train(tmp_path, "averaged", averaged)
+    loss = {
+        name: [r["value"] for r in result(tmp_path / name, c)[2] if (r["step"], r["split"], r["name"]) == (20, "test", "loss")]
+        for name, c in (("plain", plain), ("averaged", averaged))
+    }
+    assert not np.allclose(loss["plain"], loss["averaged"], rtol=1e-4)
+    a, b = (Checkpoints(tmp_path / "averaged" / "checkpoints", 2).restore(
+        loop.flatten(make_program(configs.resolve(averaged), jax.devices()).abstract_state()), step=step) for step in (10, 20))
+    name = "params/tokens/embedding"
+    mean = loop.average([{name: one.state[name]} for one in (a, b)])[name]
+    np.testing.assert_allclose(mean, (a.state[name] + b.state[name]) / 2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_seed_and_layer(tmp_path):
+    config = text_config(tmp_path, optimizer__learning_rate=1e30, optimizer__schedule="constant", optimizer__warmup_steps=0)
+    with pytest.raises(loop.NonFiniteLoss, match=r"not finite at step 2, seed 0; first seen in .*decoder layer 0"):
+        train(tmp_path, "run", config)

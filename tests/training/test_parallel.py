@@ -1,0 +1,94 @@
+"""However the step is spread over devices, the numbers are those of one device; seeds together are seeds one by one."""
+
+import jax
+import numpy as np
+import pytest
+
+from mha_jax.specs import UserError
+from mha_jax.training.parallel import make_program
+from tests import tiny
+
+DROPOUT = {"model__dropout_rate": 0.2, "model__attention_dropout_rate": 0.3}
+
+
+def trained(spec, batches, devices):
+    """Parameters and per-step losses after so many steps, on the host."""
+    program = make_program(spec, jax.devices()[:devices])
+    state, losses = program.init(), []
+    for batch in batches:
+        state, metrics = program.step(state, batch)
+        losses.append(np.asarray(metrics["loss"]))
+    return jax.device_get(program.unload(state)["params"]), np.stack(losses)
+
+
+def largest_gap(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y))), a, b)))
+
+
+LAYOUTS = {
+    "jit over data": {"parallel": "jit", "mesh__data": 8},
+    "jit over seed, data and head": {"parallel": "jit", "mesh__seed": 2, "mesh__data": 2, "mesh__head": 2},
+    "pmap over data": {"parallel": "pmap", "mesh__data": 8},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["lm", "translation", "classification"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices_equal_one_over_20_steps_in_float64(layout, task):
+    # Tolerance: 20 Adam steps amplify float64 rounding (2e-16) to about 1e-12 here; a wrong sum shows at 1e-3.
+    with jax.enable_x64(True):
+        spec = tiny.run(task, model__dtype="float64", **DROPOUT)
+        batches = tiny.batches(spec, 20)
+        expected, losses = trained(spec, batches, 1)
+        spread = tiny.run(task, model__dtype="float64", **DROPOUT, **LAYOUTS[layout])
+        params, spread_losses = trained(spread, batches, 8)
+    assert np.abs(spread_losses - losses).max() <= 1e-9
+    assert largest_gap(params, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices_equal_one_over_5_steps_in_float32(layout):
+    # Tolerance: float32 sums in another order differ by 1e-7 a step; later steps drift apart, as Adam divides by small v.
+    spec = tiny.run("lm", optimizer__epsilon=1e-6, **DROPOUT)
+    batches = tiny.batches(spec, 5)
+    expected, losses = trained(spec, batches, 1)
+    params, spread_losses = trained(tiny.run("lm", optimizer__epsilon=1e-6, **DROPOUT, **LAYOUTS[layout]), batches, 8)
+    assert np.abs(spread_losses - losses).max() <= 2e-6
+    assert largest_gap(params, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("task", ["lm", "translation", "classification"])
+def test_seeds_together_equal_seeds_one_by_one(task):
+    with jax.enable_x64(True):
+        spec = tiny.run(task, seeds=(3, 5), model__dtype="float64", **DROPOUT)
+        batches = tiny.batches(spec, 6)
+        together, losses = trained(spec, batches, 1)
+        for index, seed in enumerate(spec.seeds):
+            alone = tiny.run(task, seeds=(seed,), model__dtype="float64", **DROPOUT)
+            own = [{name: leaf[index : index + 1] for name, leaf in batch.items()} for batch in batches]
+            params, own_losses = trained(alone, own, 1)
+            assert np.abs(own_losses[:, 0] - losses[:, index]).max() <= 1e-9
+            assert largest_gap(jax.tree.map(lambda x, i=index: x[i : i + 1], together), params) <= 1e-9
+
+
+def test_heads_are_split_over_the_head_axis_of_the_mesh():
+    program = make_program(tiny.run("lm", mesh__head=4, mesh__data=2), jax.devices())
+    attention = program.init()["params"]["decoder"]["blocks"][0]["attention"]
+    for name, axis in (("query", 2), ("key", 2), ("value", 2), ("out", 1)):
+        kernel = attention[name]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape)[axis] == 1, name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__batch_size": 6}, "data.batch_size=6 is not a multiple of 8 data devices; 1, 2, 3 and 6 fit"),
+        ({"mesh__head": 8}, "mesh.head=8 does not divide num_heads=4 and num_kv_heads=4; 1, 2 and 4 fit"),
+        ({"parallel": "pmap", "mesh__head": 2}, "parallel='pmap' splits data only"),
+        ({"mesh__data": 16}, "needs 16 devices; there are 8"),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        make_program(tiny.run("lm", **overrides), jax.devices())
