@@ -1,7 +1,7 @@
 """The matrix products of one training step and nothing else: what the step would cost if all the rest were free.
 
-The products have the sizes of the model's, with axes in the order that costs least. Where the model moves heads in front of
-positions, a reshape stands that moves nothing: values mean nothing here, only sizes do.
+The products have the sizes of the model's, with axes in the order that costs least. Where the model moves heads in
+front of positions, a reshape stands that moves nothing: values mean nothing here, only sizes do.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def forward(run: RunSpec, weights: dict[str, Any], x_ND: Float[Array, "N D"]) ->
 
 
 def draw_weights(run: RunSpec) -> dict[str, Any]:
-    """Normal weights that keep the values of the chain near 1, so that no product meets an overflow or a denormal."""
+    """Normal weights that keep the chain's values near 1, so that no product meets an overflow or a denormal."""
     D, F, T = run.model.d_model, run.model.d_ff, run.data.length
     keys = iter(jax.random.split(jax.random.key(0), 1 + 6 * run.model.num_layers))
 

@@ -143,10 +143,7 @@ class Stack(nnx.Module):
         )
         crosses = spec.heads("cross") if cross else (None,) * spec.num_layers
         self.blocks = nnx.List(
-            [
-                Block(spec, own, other, d_ff, rngs=rngs)
-                for own, other in zip(spec.heads(kind), crosses, strict=True)
-            ]
+            [Block(spec, own, other, d_ff, rngs=rngs) for own, other in zip(spec.heads(kind), crosses, strict=True)]
         )
         self.final_norm = _norm(spec, rngs) if spec.norm == "pre" else None
 

@@ -62,10 +62,10 @@ def _attend(attention: MultiHeadAttention, q_BTHK: Array, seen: KeysValues, visi
 def _cross(block: Block, x_N1D: Array, seen: KeysValues, lengths_B: Array) -> Array:
     """Cross-attention where N/B rows belong to one sentence: they are its queries, so the source is not copied."""
     q_N1HK = block.cross_attention.queries(x_N1D)
-    sentences = lengths_B.shape[0]
-    q_BTHK = q_N1HK.reshape(sentences, -1, *q_N1HK.shape[2:])
+    (rows, _, heads, qk_dim), sentences = q_N1HK.shape, lengths_B.shape[0]
+    q_BTHK = q_N1HK.reshape(sentences, rows // sentences, heads, qk_dim)
     o_BTHV = _attend(block.cross_attention, q_BTHK, seen, Padding(lengths_B))
-    return block.cross_attention.output(o_BTHV.reshape(-1, 1, *o_BTHV.shape[2:]))
+    return block.cross_attention.output(o_BTHV.reshape(rows, 1, heads, o_BTHV.shape[-1]))
 
 
 def cached_step(

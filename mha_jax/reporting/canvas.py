@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -12,7 +13,7 @@ INK, MUTED, RULE, PAGE = "#1f2933", "#5f6b7a", "#dfe3e8", "#ffffff"
 OURS, PAPER = "#2f74c0", "#d9782b"
 # Middling in lightness from end to end, so that it reads on a white and on a dark page.
 RAMP = LinearSegmentedColormap.from_list("heads", ["#2a9d8f", "#2f8fc0", "#5b6fd0", "#8f55b8", "#c2478f"])
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 11,

@@ -5,7 +5,7 @@ A claim in a config is a dict: `{"text", "metric", "better", "worse"}` says that
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mha_jax.reporting.results import Cell, Results
@@ -35,7 +35,7 @@ class Claim:
     metric: str
     better: Mapping[str, Any]
     worse: Mapping[str, Any]
-    margin: float = 0.0
+    margin: int | float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Equivalence:
 
     text: str
     metric: str
-    between: tuple[Mapping[str, Any], Mapping[str, Any]]
-    margin: float
+    between: Sequence[Mapping[str, Any]]
+    margin: int | float
 
 
 @dataclasses.dataclass(frozen=True)

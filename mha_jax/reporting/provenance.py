@@ -18,8 +18,8 @@ _SETTING = {
     "optimizer.schedule": "schedule",
 }
 _HOW_TO_READ = (
-    "mean ± half of the 95 % t interval over n seeds, loss in nats a token; Δ is the cell minus the base, paired by seed, "
-    "with its 95 % interval; p is its two-sided t-test, adjusted over the rows (Holm 1979)"
+    "mean ± half of the 95 % t interval over n seeds, loss in nats a token; Δ is the cell minus the base, paired "
+    "by seed, with its 95 % interval; p is its two-sided t-test, adjusted over the rows (Holm 1979)"
 )
 
 

@@ -173,7 +173,7 @@ def _shape_text(cell: Cell, results: Results) -> dict[str, str]:
     return {name: "–" if value is None else str(value) for name, value in shape.items()}
 
 
-def count(value: float) -> str:
+def count(value: int | float) -> str:
     """Three significant digits and k, M, G, T."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -181,7 +181,7 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
-def memory(value: float | None) -> str:
+def memory(value: int | float | None) -> str:
     """Bytes in MiB or GiB; a dash where nothing was measured."""
     if value is None:
         return "–"

@@ -71,8 +71,8 @@ def load(config_argument: str, overrides: Mapping[str, Any] | None = None) -> St
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         config=_with_match_base(configs.override(config, overrides or {}), None),
         sweep=sweep,
-        paper=getattr(module, "PAPER", None),
-        claims=[dict(claim) for claim in getattr(module, "CLAIMS", ())],
+        paper=_of_profile(path, module, "paper", profile),
+        claims=[dict(claim) for claim in _of_profile(path, module, "claims", profile) or ()],
         docstring=inspect.cleandoc(module.__doc__ or ""),
     )
 
@@ -128,6 +128,12 @@ def _call(path: str, function: Callable[..., Any], profile: str) -> Any:
         raise
     except Exception as error:
         raise _faulty(path, error) from error
+
+
+def _of_profile(path: str, module: ModuleType, name: str, profile: str) -> Any:
+    """PAPER or CLAIMS of a config file, or what its get_paper() or get_claims() gives for the profile."""
+    function = getattr(module, f"get_{name}", None)
+    return getattr(module, name.upper(), None) if function is None else _call(path, function, profile)
 
 
 def _faulty(path: str, error: Exception) -> UserError:

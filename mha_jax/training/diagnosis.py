@@ -23,6 +23,7 @@ def first_non_finite(run: RunSpec, state: State, index: int, batch: Batch) -> st
     Args: index: of the seed on the seed axis. batch: of that seed alone, without dropout, layer by layer and uncompiled.
     """
     params, constants = jax.tree.map(lambda leaf: leaf[index], (state["params"], state["constants"]))
+    batch = jax.tree.map(jnp.asarray, batch)
     if name := _broken(params):
         return f"parameter {name}"
     model, found = merge(run, params, constants), []

@@ -1,6 +1,7 @@
 """Evaluation on whole splits: loss, perplexity, bits per byte, accuracy, and BLEU by beam search. Per seed, each (R,)."""
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from mha_jax.data import Data
 from mha_jax.models.decoding import translate
 from mha_jax.specs import RunSpec
-from mha_jax.training.metrics import bits_per_byte, bleu, perplexity
+from mha_jax.training.metrics import bleu, perplexity
 from mha_jax.training.parallel import JitProgram
 from mha_jax.training.step import merge
 
@@ -29,7 +30,7 @@ def evaluate(program: JitProgram, params: Any, constants: Any, data: Data, split
     if run.task != "classification":
         result["perplexity"] = perplexity(loss)
     if run.task == "lm":
-        result["bits_per_byte"] = bits_per_byte(totals["loss"], 1, data.num_bytes(split))
+        result["bits_per_byte"] = totals["loss"] / math.log(2) / data.num_bytes(split)
     return result
 
 

@@ -74,7 +74,7 @@ class _Training:
     def restore(self) -> tuple[int, State]:
         """The newest good checkpoint, or step 0; the log is cut back to it."""
         with self.clock("save"):
-            restored = self.checkpoints.restore(flatten(self.program.abstract_state()))
+            restored = self.checkpoints.restore(self.program.abstract_state())
         for problem in self.checkpoints.problems:
             tqdm.write(f"warning: {problem}")
         if restored is None:
@@ -82,10 +82,10 @@ class _Training:
             with self.clock("compile"):
                 state = self.program.init()
             return 0, state
-        self.log.rewind(restored.step)
+        # The rows of the last step itself are those of `finish`, which runs again.
+        self.log.rewind(restored.step, keep_evaluations=restored.step < self.run.training.steps)
         self.window = Window.from_dict(restored.metadata["window"])
-        abstract = self.program.abstract_state()
-        return restored.step, self.program.load(unflatten(abstract, restored.state))
+        return restored.step, self.program.load(restored.state)
 
     def step(self, state: State, batch: dict[str, Any], number: int) -> State:
         """Dispatches step `number` (from 1) and only then waits for the metrics of the one before."""
@@ -161,7 +161,7 @@ class _Training:
     def save(self, state: State, step: int) -> None:
         with self.clock("save"):
             metadata = {"config_hash": self.config_hash, "window": self.window.as_dict()}
-            self.checkpoints.save(step, flatten(self.program.unload(state)), metadata, metric=self.validation_loss)
+            self.checkpoints.save(step, self.program.unload(state), metadata, metric=self.validation_loss)
 
     def finish(self, state: State) -> None:
         """The numbers of the table: every split, whole, with the averaged parameters where averaging is asked for."""
@@ -183,6 +183,7 @@ class _Training:
         self.clock.move(self.program.compile_seconds - compiled, "eval", "compile")
         self.log.write(step, "train", {"compile_seconds": self.clock.seconds["compile"]})
         self.log.close()
+        self.checkpoints.close()
         self.report(self.facts(step))
 
     def _averaged(self, state: State) -> Any:
@@ -190,25 +191,14 @@ class _Training:
         if len(steps) < 2:
             return state["params"]
         abstract = self.program.abstract_state()
-        saved = [self.checkpoints.restore(flatten(abstract), step=step) for step in steps]
-        return average([unflatten(abstract, one.state)["params"] for one in saved if one is not None])
+        saved = [self.checkpoints.restore(abstract, step=step) for step in steps]
+        return average([one.state["params"] for one in saved if one is not None])
 
     def _write_translations(self, split: str, sentences: list[list[str]]) -> None:
         folder = self.directory / "translations"
         folder.mkdir(parents=True, exist_ok=True)
         for seed, lines in zip(self.run.seeds, sentences, strict=True):
             (folder / f"{split}.seed{seed}.txt").write_text("\n".join(line.replace("\n", " ") for line in lines) + "\n")
-
-
-def flatten(state: State) -> dict[str, Any]:
-    """A state as one flat dict with paths for names: what a checkpoint holds."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def unflatten(abstract: State, flat: dict[str, Any]) -> State:
-    """The state of the same structure as `abstract`, with the leaves of a flat dict."""
-    return jax.tree.unflatten(jax.tree.structure(abstract), [flat[name] for name in flatten(abstract)])
 
 
 @contextlib.contextmanager

@@ -42,17 +42,18 @@ class MetricsLog:
                 writer.add_scalar(f"{split}/{name}", float(column[r]), int(step))
             writer.flush()
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, keep_evaluations: bool = True) -> None:
         """Forgets every line of a later step and every broken line, as a run resumed at `step` will write them again.
 
-        `rewind(-1)` forgets all. TensorBoard hides the events of the forgotten steps.
+        `rewind(-1)` forgets all. Without `keep_evaluations` of the lines of `step` itself only split "train" stays. TensorBoard hides the events of the forgotten steps.
         """
         self.close()
         self._purge_step = step + 1
         if not self.path.exists():
             return
         rows, _ = read_metrics(self.path)
-        kept = [json.dumps({**row, "value": _json_value(row["value"])}) for row in rows if row["step"] <= step]
+        rows = [r for r in rows if r["step"] < step or (r["step"] == step and (keep_evaluations or r["split"] == "train"))]
+        kept = [json.dumps({**row, "value": _json_value(row["value"])}) for row in rows]
         partial = self.path.with_name(self.path.name + ".tmp")
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(self.path)

@@ -44,7 +44,9 @@ def test_neighbouring_keys_of_small_seeds_are_independent():
 
 
 def test_layers_that_fold_in_their_number_are_independent():
-    layers = [square(keys_per_example(jax.random.fold_in(jax.random.key(2), layer), 4)).astype(float) for layer in (0, 1)]
+    layers = [
+        square(keys_per_example(jax.random.fold_in(jax.random.key(2), layer), 4)).astype(float) for layer in (0, 1)
+    ]
     assert correlation(*layers) < 5
 
 

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def dot_flops(jaxpr):
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        total += sum(dot_flops(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+        total += sum(dot_flops(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
     return total
 
 
@@ -52,13 +53,8 @@ def test_backward_costs_twice_the_forward_and_nothing_is_left_out():
     assert dot_flops(jaxpr.jaxpr) == 3 * 3 * 7 * cost.flops_per_token(run)
 
 
-def test_values_stay_near_one_so_that_no_product_is_slowed_by_denormals():
-    run = language_model(4, num_layers=4, d_model=64, d_ff=128, length=32, batch_size=4)
-    logits, (weights, x) = floor_values(run)
-    for leaf in jax.tree.leaves((logits, weights, x)):
+def test_values_stay_far_from_overflow_and_from_denormals_which_slow_a_product_down():
+    run = language_model(4, num_layers=4, d_model=32, d_ff=64, length=32, batch_size=2)
+    for leaf in jax.tree.leaves(floor.floor_step(run)()):
         assert np.isfinite(leaf).all()
-        assert 1e-6 < np.abs(leaf).mean() < 1e6
-
-
-def floor_values(run):
-    return floor.floor_step(run)()
+        assert 1e-12 < np.abs(leaf).mean() < 1e12

@@ -73,7 +73,7 @@ def test_held_out_documents_are_the_end_of_the_training_file(text_spec, tmp_path
     }
     assert data.splits == ("validation", "test")
     targets = np.concatenate([b["targets"][b["weights"] == 1] for b in data.eval_batches("test")])
-    assert data.tokenizer.decode(targets).startswith("91 ")
+    assert data.tokenizer.decode(targets).startswith("9192 cat93 ant")
 
 
 def test_segments_number_the_texts_of_a_window(text_spec, tmp_path):
@@ -122,17 +122,19 @@ def test_evaluation_sees_every_pair_once_and_index_restores_the_order(parallel_s
 
 
 def test_long_pairs_are_dropped_in_training_and_cut_in_evaluation_and_both_are_counted(parallel_spec, tmp_path):
-    spec = dataclasses.replace(parallel_spec, length=30, buckets=None)
-    data = load(spec, "translation", tmp_path / "cache")
     whole = load(parallel_spec, "translation", tmp_path / "cache")
     sizes = {split: whole._batches.lengths(split) for split in PAIRS}
+    length = int(np.unique(sizes["validation"])[-3])  # a pair of exactly this length fits
+    data = load(dataclasses.replace(parallel_spec, length=length, buckets=None), "translation", tmp_path / "cache")
     facts = data.fingerprint["splits"]
-    assert facts["train"]["dropped"] == (sizes["train"] > 30).sum() > 0
-    assert facts["validation"]["truncated"] == (sizes["validation"] > 30).sum() > 0
-    assert max(len(data.train_batch(0, s)["targets"][0]) for s in range(9)) == 30
+    assert facts["train"]["dropped"] == (sizes["train"] > length).sum() > 0
+    assert facts["validation"]["truncated"] == (sizes["validation"] > length).sum() == 2
+    seen = {tuple(row) for step in range(40) for row in data.train_batch(0, step)["targets"]}
+    assert len(seen) == (sizes["train"] <= length).sum()
     batches = list(data.eval_batches("validation"))
     assert sum((b["index"] >= 0).sum() for b in batches) == PAIRS["validation"]
-    assert any((b["targets"][:, -1] == EOS).any() for b in batches)
+    ends = [row[row != PAD][-1] for b in batches for row in b["targets"]]
+    assert all(end == EOS for end in ends) and {b["targets"].shape[1] for b in batches} == {length}
     assert data.references("validation") == whole.references("validation")
 
 
@@ -167,9 +169,12 @@ def test_what_does_not_go_together_is_refused(text_spec, tmp_path, task, change,
         load(dataclasses.replace(text_spec, **change), task, tmp_path / "cache")
 
 
-def test_pairs_that_are_all_too_long_are_refused(parallel_spec, tmp_path):
-    with pytest.raises(UserError, match=r"longer than data\.length=2"):
-        load(dataclasses.replace(parallel_spec, length=2, buckets=None), "translation", tmp_path / "cache")
+def test_pairs_that_are_all_too_long_are_refused(tmp_path):
+    (tmp_path / "lines").write_text("six letters\n" * 5)
+    pair = (str(tmp_path / "lines"),) * 2
+    spec = DataSpec("parallel", length=7, batch_size=2, files={"train": pair, "validation": pair})
+    with pytest.raises(UserError, match=r"longer than data\.length=7"):
+        load(spec, "translation", tmp_path / "cache")
 
 
 def test_multi30k_is_read_in_buckets(tmp_path, multi30k):

@@ -42,7 +42,7 @@ def test_seeds_share_the_buckets_but_not_the_rows(schedule):
 
 def test_no_row_comes_again_before_every_row_of_its_bucket_came(schedule):
     seen: dict[int, list[int]] = {0: [], 2: []}
-    for step in range(300):
+    for step in range(2500):
         bucket, rows = schedule.at(2, step)
         if bucket in seen:
             seen[bucket] += rows.tolist()

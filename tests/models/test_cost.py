@@ -20,7 +20,7 @@ VASWANI = {
     "norm": "post",
     "activation": "relu",
 }
-# 37,000 tokens give 63.1M. Every count that the paper prints for d_model = 256, 512 and 1024 follows from 41,100.
+# 37,000 tokens give 63.0M. Every count that the paper prints for d_model = 256, 512 and 1024 follows from 41,100.
 BPE = {"tokenizer": "bpe", "vocab_size": 41_100}
 HEADS = [
     {},
@@ -100,7 +100,7 @@ def test_parameters_of_vaswani_base_with_37000_tokens_written_out(make_run):
     encoder = 6 * (attention + feed_forward + 2 * norm)
     decoder = 6 * (2 * attention + feed_forward + 3 * norm)
     run = make_run("translation", data=BPE | {"vocab_size": 37_000}, **VASWANI)
-    assert parameters(run) == 37_000 * 512 + encoder + decoder == 63_082_496
+    assert parameters(run) == 37_000 * 512 + encoder + decoder == 63_045_632
 
 
 @pytest.mark.parametrize(("num_heads", "width"), [(1, 512), (4, 128), (16, 32), (32, 16)])
@@ -145,9 +145,9 @@ def test_matching_by_kind_of_attention(make_run):
 
 def test_attention_dearer_than_the_base_is_refused(make_run):
     run = make_run("lm", match="params", match_base=BASE, num_heads=30)
-    with pytest.raises(UserError, match=r"num_heads=30 alone costs more than the base; a model.d_ff of at least 234"):
+    with pytest.raises(UserError, match=r"num_heads=30 alone costs more than the base; a model.d_ff of at least 233"):
         matched_d_ff(run)
-    assert matched_d_ff(dataclasses.replace(run, model=dataclasses.replace(run.model, d_ff=234))) == 1
+    assert matched_d_ff(dataclasses.replace(run, model=dataclasses.replace(run.model, d_ff=233))) == 1
 
 
 def test_a_base_that_is_no_head_shape_is_refused(make_run):

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -7,11 +8,13 @@ import pytest
 from flax import nnx
 
 from mha_jax.models.cache import cached_step, empty_cache, read_memory
+from mha_jax.models.cost import kv_cache_bytes_per_token
 from mha_jax.models.decoding import generate, translate
 from mha_jax.models.transformer import build_model
 from mha_jax.specs import BOS, EOS, MASK, PAD, UserError
 
 SOURCE = jnp.array([[5, 9, 7, 2, 0], [8, 4, 2, 0, 0], [6, 6, 9, 5, 2]])
+SMALL = jnp.array([[5, 4, 6, 2, 0], [6, 4, 2, 0, 0], [6, 6, 4, 5, 2]])
 LENGTHS = jnp.array([4, 3, 5])
 SHAPES = {
     "MHA": {},
@@ -31,9 +34,37 @@ def build(run, tokens=None, seed=0):
     return model
 
 
+@functools.partial(nnx.jit, static_argnames=("max_length", "beam_size", "length_penalty"))
+def search(model, source=SOURCE, lengths=LENGTHS, *, max_length, beam_size, length_penalty=0.6):
+    return translate(model, source, lengths, max_length=max_length, beam_size=beam_size, length_penalty=length_penalty)
+
+
+@nnx.jit
+def whole_forward(model, source, lengths, target):
+    return model(source, lengths, target)
+
+
+@nnx.jit
+def whole_language_model(model, tokens):
+    return model(tokens)
+
+
 @pytest.fixture
 def translator(make_run):
     return build(make_run("translation"))
+
+
+@nnx.jit
+def step_by_step(model, target):
+    memory = read_memory(model.decoder, model.encode(SOURCE, LENGTHS), LENGTHS)
+
+    def step(cache, t_and_token):
+        t, token_N = t_and_token
+        x_N1D, cache = cached_step(model.decoder, model.tokens.embed(token_N[:, None]), t, cache, memory)
+        return cache, model.tokens.logits(x_N1D)[:, 0]
+
+    _, logits = jax.lax.scan(step, empty_cache(model.decoder, 3, 7), (jnp.arange(5), target.T))
+    return logits.swapaxes(0, 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,29 +73,22 @@ def test_cached_steps_equal_the_whole_forward(make_run, shape):
         tolerance = 1e-12 if shape == "float64" else 1e-5
         model = build(make_run("translation", **SHAPES[shape]))
         target = jnp.array([[1, 6, 6, 5, 8], [1, 9, 4, 7, 7], [1, 5, 5, 5, 5]])
-        memory_BSD = model.encode(SOURCE, LENGTHS)
-        whole = model.decode(target, memory_BSD, LENGTHS)
-        memory = read_memory(model.decoder, memory_BSD, LENGTHS)
-        cache = empty_cache(model.decoder, 3, 7)
-        for t in range(5):
-            x_N1D = model.tokens.embed(target[:, t : t + 1])
-            x_N1D, cache = cached_step(model.decoder, x_N1D, jnp.array(t), cache, memory)
-            np.testing.assert_allclose(model.tokens.logits(x_N1D)[:, 0], whole[:, t], atol=tolerance, rtol=tolerance)
+        whole = whole_forward(model, SOURCE, LENGTHS, target)
+        np.testing.assert_allclose(step_by_step(model, target), whole, atol=tolerance, rtol=tolerance)
 
 
 def test_cache_holds_as_many_bytes_as_cost_says(make_run):
-    from mha_jax.models.cost import kv_cache_bytes_per_token
-
     run = make_run("lm", num_heads=6, num_kv_heads=2, dtype="bfloat16")
     cache = empty_cache(build(run).decoder, 3, 7)
     assert sum(x.nbytes for x in jax.tree.leaves(cache)) == 3 * 7 * kv_cache_bytes_per_token(run)
 
 
 def greedy(logits_of, prompt, max_length):
-    """Token after token, each from the whole forward over all before it."""
+    """Token after token, each from the whole forward over all before it; what is still to come is padding."""
     tokens = list(prompt)
     while len(tokens) < max_length:
-        scores = np.array(logits_of(jnp.array([tokens]))[0, -1])
+        padded = jnp.array([tokens + [PAD] * (max_length - len(tokens))])
+        scores = np.array(logits_of(padded)[0, len(tokens) - 1])
         scores[[PAD, BOS, MASK]] = -np.inf
         tokens.append(int(scores.argmax()))
         if tokens[-1] == EOS:
@@ -79,9 +103,10 @@ def test_generate_is_greedy_over_the_whole_forward(make_run, shape):
     with jax.enable_x64(shape == "float64"):
         model = build(make_run("lm", **SHAPES[shape]), tokens=7)
         prompts, lengths = jnp.array([[5, 4, 6, 0], [4, 4, 5, 6], [6, 0, 0, 0]]), jnp.array([3, 4, 1])
-        written = jax.jit(lambda: generate(model, prompts, lengths, max_length=11))()
+        written = nnx.jit(functools.partial(generate, max_length=11))(model, prompts, lengths)
+        logits_of = functools.partial(whole_language_model, model)
         for row in range(3):
-            assert written[row].tolist() == greedy(model, prompts[row, : lengths[row]].tolist(), 11)
+            assert written[row].tolist() == greedy(logits_of, prompts[row, : lengths[row]].tolist(), 11)
 
 
 def test_generate_stops_at_the_end_of_sequence_but_not_at_one_in_the_prompt(make_run):
@@ -89,7 +114,7 @@ def test_generate_stops_at_the_end_of_sequence_but_not_at_one_in_the_prompt(make
     model.tokens.embedding[...] = model.tokens.embedding[...].at[EOS].mul(30)
     lengths = jnp.array([3, 3, 3, 3, 3])
     prompts = jnp.array([[4, EOS, 4], [4, 4, 4], [4, 4, 3], [3, 4, 4], [4, 3, 3]])
-    written = np.asarray(generate(model, prompts, lengths, max_length=9))
+    written = np.asarray(nnx.jit(functools.partial(generate, max_length=9))(model, prompts, lengths))
     assert (written[:, :3] == prompts).all()
     ended = [row for row in range(5) if EOS in written[row, 3:]]
     assert ended
@@ -101,36 +126,31 @@ def test_generate_stops_at_the_end_of_sequence_but_not_at_one_in_the_prompt(make
 def test_beam_of_one_is_greedy_over_the_whole_forward(make_run, shape):
     with jax.enable_x64(shape == "float64"):
         model = build(make_run("translation", **SHAPES[shape]))
-        search = jax.jit(lambda: translate(model, SOURCE, LENGTHS, max_length=8, beam_size=1, length_penalty=0.6))
-        tokens, scores = search()
-        memory = model.encode(SOURCE, LENGTHS)
+        tokens, scores = search(model, max_length=8, beam_size=1)
         for row in range(3):
             one = slice(row, row + 1)
-            logits_of = lambda y, one=one: model.decode(y, memory[one], LENGTHS[one])  # noqa: E731
+            logits_of = functools.partial(whole_forward, model, SOURCE[one], LENGTHS[one])
             assert [BOS, *tokens[row].tolist()] == greedy(logits_of, [BOS], 9)
             np.testing.assert_allclose(scores[row], log_probability(model, row, tokens[row]), rtol=1e-5)
 
 
-def log_probability(model, row, tokens):
+def log_probability(model, row, tokens, source=SOURCE):
     tokens = [int(t) for t in tokens if t != PAD]
-    memory = model.encode(SOURCE[row : row + 1], LENGTHS[row : row + 1])
-    logits = model.decode(jnp.array([[BOS, *tokens[:-1]]]), memory, LENGTHS[row : row + 1])
-    return float(jax.nn.log_softmax(logits[0])[jnp.arange(len(tokens)), jnp.array(tokens)].sum())
+    target = jnp.array([[BOS, *tokens[:-1]] + [PAD] * (8 - len(tokens))])
+    logits = np.asarray(whole_forward(model, source[row : row + 1], LENGTHS[row : row + 1], target)[0], np.float64)
+    logits = logits[: len(tokens)]
+    return float((logits[np.arange(len(tokens)), tokens] - np.log(np.exp(logits).sum(axis=-1))).sum())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_wide_beam_finds_the_best_of_all_translations(make_run, alpha, seed):
-    # Tokens 4, 5, 6 and EOS, at most 3 of them before the end: 9 hypotheses that go on are all there are.
-    model = build(make_run("translation"), seed=seed)
-    model.tokens.embedding[...] = model.tokens.embedding[...].at[EOS].set(model.tokens.embedding[4:7].mean(axis=0))
-    cut = jnp.arange(260) < 7
-    plain_logits = model.tokens.logits
-    object.__setattr__(model.tokens, "logits", lambda x: jnp.where(cut[None, None], plain_logits(x), -1e9))
-    tokens, scores = translate(model, SOURCE, LENGTHS, max_length=3, beam_size=9, length_penalty=alpha)
+    # Of seven tokens 4, 5, 6 and EOS can be written: at most 9 hypotheses go on within 3 tokens.
+    model = build(make_run("translation"), tokens=7, seed=seed)
+    tokens, scores = search(model, SMALL, max_length=3, beam_size=9, length_penalty=alpha)
     ended = [(*body, EOS) for n in range(3) for body in itertools.product((4, 5, 6), repeat=n)]
     for row in range(3):
-        score = {y: log_probability(model, row, y) / ((5 + len(y)) / 6) ** alpha for y in ended}
+        score = {y: log_probability(model, row, y, SMALL) / ((5 + len(y)) / 6) ** alpha for y in ended}
         best = max(ended, key=lambda y: score[y])
         assert tuple(t for t in tokens[row].tolist() if t != PAD) == best
         np.testing.assert_allclose(scores[row], score[best], rtol=1e-5)
@@ -139,30 +159,29 @@ def test_wide_beam_finds_the_best_of_all_translations(make_run, alpha, seed):
 def test_unended_translations_return_the_best_hypothesis(make_run):
     model = build(make_run("translation"))
     model.tokens.embedding[...] = model.tokens.embedding[...].at[EOS].set(0)
-    tokens, scores = translate(model, SOURCE, LENGTHS, max_length=4, beam_size=3, length_penalty=0.6)
+    tokens, scores = search(model, max_length=4, beam_size=3)
     for row in range(3):
-        if EOS not in tokens[row]:
+        if EOS not in tokens[row].tolist():
             expected = log_probability(model, row, tokens[row]) / ((5 + 4) / 6) ** 0.6
             np.testing.assert_allclose(scores[row], expected, rtol=1e-5)
-    assert any(EOS not in tokens[row] for row in range(3))
+    assert any(EOS not in tokens[row].tolist() for row in range(3))
 
 
 @pytest.mark.parametrize("shape", ["MHA", "GQA with rope"])
 def test_a_batch_is_translated_as_its_sentences_one_by_one(make_run, shape):
     model = build(make_run("translation", **SHAPES[shape]))
-    search = jax.jit(
-        lambda source, lengths: translate(model, source, lengths, max_length=9, beam_size=4, length_penalty=0.6)
-    )
-    tokens, scores = search(SOURCE, LENGTHS)
+    tokens, scores = search(model, max_length=9, beam_size=4)
     for row in range(3):
-        alone_tokens, alone_scores = search(SOURCE[row : row + 1], LENGTHS[row : row + 1])
+        alone_tokens, alone_scores = search(
+            model, SOURCE[row : row + 1], LENGTHS[row : row + 1], max_length=9, beam_size=4
+        )
         assert alone_tokens[0].tolist() == tokens[row].tolist()
         np.testing.assert_allclose(alone_scores[0], scores[row], rtol=1e-5)
 
 
 def test_padding_of_the_source_changes_no_translation(translator):
     found = [
-        translate(translator, source, LENGTHS, max_length=6, beam_size=3, length_penalty=0.6)
+        search(translator, source, max_length=6, beam_size=3)
         for source in (SOURCE, SOURCE.at[0, 4:].set(9).at[1, 3:].set(7))
     ]
     assert (found[0][0] == found[1][0]).all()
@@ -170,7 +189,7 @@ def test_padding_of_the_source_changes_no_translation(translator):
 
 
 def test_what_follows_the_end_is_padding_and_specials_are_never_written(translator):
-    tokens, _ = translate(translator, SOURCE, LENGTHS, max_length=12, beam_size=4, length_penalty=0.6)
+    tokens, _ = search(translator, max_length=12, beam_size=4)
     for row in tokens.tolist():
         body = row[: row.index(EOS)] if EOS in row else row
         assert not {PAD, BOS, MASK} & set(body)
@@ -182,12 +201,12 @@ def test_translators_of_several_seeds_search_as_one(make_run):
     graph, _ = nnx.split(models[0])
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(nnx.state(model) for model in models))
 
-    def search(state):
+    def one_seed(state):
         return translate(nnx.merge(graph, state), SOURCE, LENGTHS, max_length=7, beam_size=3, length_penalty=0.6)
 
-    tokens, scores = jax.jit(jax.vmap(search))(stacked)
+    tokens, scores = jax.jit(jax.vmap(one_seed))(stacked)
     for seed, model in enumerate(models):
-        alone_tokens, alone_scores = search(nnx.state(model))
+        alone_tokens, alone_scores = search(model, max_length=7, beam_size=3)
         assert tokens[seed].tolist() == alone_tokens.tolist()
         np.testing.assert_allclose(scores[seed], alone_scores, rtol=1e-5)
 

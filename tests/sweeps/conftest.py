@@ -70,7 +70,7 @@ def train(config, run, directory, *, cache_dir, report, should_stop, progress):
             return "stopped"
         if run.name == "killed" and first and step == 5:
             os.kill(os.getpid(), 9)
-        time.sleep(0.15 if run.name == "slow" else 0.01)
+        time.sleep(0.3 if run.name == "slow" else 0.01)
         kept.write_text(str(step + 1))
         report({"step": step + 1, "seconds": {"train": 1.0}})
     return "done"

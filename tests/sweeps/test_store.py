@@ -1,18 +1,16 @@
 """Directories of runs and sweeps: atomic, locked, never of two configs."""
 
 import json
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mha_jax.specs import UserError
 from mha_jax.sweeps import grid
-from mha_jax.sweeps.store import Busy, RunDirectory, SweepDirectory, write_json
+from mha_jax.sweeps.store import Busy, RunDirectory, SweepDirectory
 
 FACTS = {"versions": {"jax": "0"}, "commit": None, "devices": {"count": 1}}
 
@@ -87,24 +85,28 @@ def test_a_directory_that_is_none_is_told(tmp_path):
         _ = RunDirectory(tmp_path).config
 
 
-def _overwrite(path):
-    for number in range(100_000):
-        write_json(path, {"numbers": [number] * 1000})
+WRITER = """
+import sys
+from etils import epath
+from mha_jax.sweeps.store import write_json
+for number in range(1_000_000):
+    write_json(epath.Path(sys.argv[1]), {"numbers": [number] * 1000})
+"""
 
 
 def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
-    from etils import epath
-
-    path = epath.Path(tmp_path / "facts.json")
+    path = tmp_path / "facts.json"
     for delay in (0.03, 0.11, 0.23):
-        writer = multiprocessing.get_context("fork").Process(target=_overwrite, args=(path,))
-        writer.start()
-        writer.join(delay)
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
-        if path.exists():
+        path.unlink(missing_ok=True)
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(delay)
+        for _ in range(100):  # a reader at any moment, and after the kill
             assert len(set(json.loads(path.read_text())["numbers"])) == 1
-    assert path.exists()
+        writer.kill()
+        writer.wait()
+        assert len(set(json.loads(path.read_text())["numbers"])) == 1
 
 
 HOLDER = """

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -115,10 +116,9 @@ class _Queue:
 
     def _end(self, directory: RunDirectory, code: Exit) -> None:
         self._ended[directory.run_id] = code
-        text = (
-            directory.failure if code in (Exit.FAILED, Exit.WRONG_INPUT) else f"{directory.run_id}: {code.name.lower()}"
-        )
-        self._say(f"[{len(self._ended)}/{len(self._all)}] {text}")
+        failed = code in (Exit.FAILED, Exit.WRONG_INPUT)
+        text = f"failed: {directory.status.get('error')}" if failed else code.name.lower()
+        self._say(f"[{len(self._ended)}/{len(self._all)}] {directory.run_id}: {text}")
 
     def start(self) -> None:
         """Starts what may start; a cell that another driver holds goes to the end of the line."""
@@ -136,13 +136,24 @@ class _Queue:
     def _spawn(self, directory: RunDirectory) -> subprocess.Popen:
         with directory.beside("log.txt").open("ab") as log:
             # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*self._command, str(directory.path)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
+        self._give_cores(process.pid)
+        return process
+
+    def _give_cores(self, pid: int) -> None:
+        """Workers side by side get disjoint cores: two cells of one thread each outrun two that share both."""
+        if self._workers == 1 or not hasattr(os, "sched_setaffinity"):
+            return
+        cores = sorted(os.sched_getaffinity(0))
+        taken = {core for child in self._running for core in _cores(child.process.pid)}
+        free = [core for core in cores if core not in taken] or cores
+        os.sched_setaffinity(pid, free[: max(len(cores) // self._workers, 1)])
 
     def show(self) -> None:
         self._progress.show(len(self._ended), [child.directory for child in self._running])
@@ -154,6 +165,13 @@ class _Queue:
         if Exit.FAILED in codes:
             return Exit.FAILED
         return Exit.WRONG_INPUT if Exit.WRONG_INPUT in codes else Exit.DONE
+
+
+def _cores(pid: int) -> set[int]:
+    try:
+        return os.sched_getaffinity(pid)
+    except ProcessLookupError:
+        return set()
 
 
 def _record_death(directory: RunDirectory, code: int) -> None:

@@ -1,0 +1,104 @@
+"""Every config, profile and cell: resolves, builds, and keeps what it says it holds fixed."""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import pytest
+from flax import nnx
+
+from configs import default, vaswani2017_table3
+from mha_jax import specs
+from mha_jax.config import _SECTIONS, flatten, override, resolve
+from mha_jax.models import build_model, cost
+from mha_jax.reporting import claims
+from mha_jax.specs import ATTENTION_KINDS, UserError
+
+PROFILES = [(default, ""), (default, "smoke"), (vaswani2017_table3, "paper"), (vaswani2017_table3, "multi30k")]
+CELLS = [(module, profile, cell) for module, profile in PROFILES for cell in module.get_sweep(profile)]
+
+
+def run_of(module: ModuleType, profile: str, cell: dict[str, Any]) -> specs.RunSpec:
+    return resolve(override(module.get_config(profile), cell))
+
+
+@pytest.mark.parametrize(("module", "profile", "cell"), CELLS)
+def test_every_cell_builds(module: ModuleType, profile: str, cell: dict[str, Any]):
+    run = run_of(module, profile, cell)
+    model = nnx.eval_shape(lambda: build_model(run, rngs=nnx.Rngs(params=0)))
+    sizes = [leaf.size for leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)).leaves]
+    assert sum(sizes) == cost.parameters(run)
+
+
+def test_every_field_of_every_spec_stands_in_the_default_config():
+    config = default.get_config()
+    for name, spec in _SECTIONS.items():
+        assert set(config[name]) == {f.name for f in dataclasses.fields(spec)}, name
+    assert set(config) == {f.name for f in dataclasses.fields(specs.RunSpec)}
+
+
+def test_defaults_that_no_study_sets_agree_with_the_specs():
+    flat = flatten(default.get_config())
+    for name in ("model", "data", "training", "decoding", "mesh"):
+        for field in dataclasses.fields(_SECTIONS[name]):
+            if field.default is not dataclasses.MISSING and field.name != "files":
+                assert flat[f"{name}.{field.name}"] == field.default, field.name
+
+
+@pytest.mark.parametrize("profile", ["", "smoke"])
+def test_the_default_grid_holds_width_and_parameters_fixed(profile: str):
+    runs = [run_of(default, profile, cell) for cell in default.get_sweep(profile)]
+    for run in runs:
+        for shape in run.model.heads("decoder"):
+            assert shape.num_heads * shape.qk_dim == shape.num_heads * shape.v_dim == run.model.d_model
+    assert len({cost.parameters(run) for run in runs}) == 1
+
+
+@pytest.mark.parametrize("profile", ["paper", "multi30k"])
+def test_row_a_holds_width_and_parameters_fixed_and_row_b_shrinks_keys_only(profile: str):
+    base, *cells = [run_of(vaswani2017_table3, profile, cell) for cell in vaswani2017_table3.get_sweep(profile)]
+    row_a, row_b = cells[:4], cells[4:]
+    for run in (base, *row_a):
+        for kind in ATTENTION_KINDS["translation"]:
+            for shape in run.model.heads(kind):
+                assert shape.num_heads * shape.qk_dim == shape.num_heads * shape.v_dim == run.model.d_model == 512
+    assert {cost.parameters(run) for run in row_a} == {cost.parameters(base)}
+    blocks = 3 * base.model.num_layers
+    for run, width in zip(row_b, (16, 32), strict=True):
+        assert (run.model.qk_dim, run.model.v_dim, run.model.num_heads) == (width, 64, 8)
+        assert cost.parameters(base) - cost.parameters(run) == blocks * 2 * 512 * 8 * (64 - width)
+
+
+def test_the_papers_parameter_counts():
+    """Table 3 prints 65, 58 and 60 million for a vocabulary of "about 37,000": our counts lie within four per cent."""
+    for row in vaswani2017_table3.PAPER["rows"]:
+        if row["parameters"]:
+            run = run_of(vaswani2017_table3, "paper", row["cell"])
+            assert cost.parameters(run) == pytest.approx(row["parameters"], rel=0.04), row["label"]
+
+
+def test_profiles_share_the_papers_head_shapes():
+    for cell in vaswani2017_table3.get_sweep():
+        paper, small = (run_of(vaswani2017_table3, profile, cell).model for profile in ("paper", "multi30k"))
+        assert paper.heads("encoder")[0] == small.heads("encoder")[0]
+
+
+@pytest.mark.parametrize("module", [default, vaswani2017_table3])
+def test_claims_and_paper_rows_name_cells_of_the_sweep(module: ModuleType):
+    cells = list(module.get_sweep())
+    for claim in map(claims.parse, module.CLAIMS):
+        wanted = (claim.better, claim.worse) if isinstance(claim, claims.Claim) else claim.between
+        assert all(dict(cell) in cells for cell in wanted), claim.text
+    assert all(row["cell"] in cells for row in getattr(module, "PAPER", {"rows": []})["rows"])
+
+
+@pytest.mark.parametrize(("module", "known"), [(default, "smoke"), (vaswani2017_table3, "multi30k")])
+def test_an_unknown_profile_names_the_known_ones(module: ModuleType, known: str):
+    with pytest.raises(UserError, match=known):
+        module.get_config("papre")
+
+
+@pytest.mark.parametrize(("module", "profile"), PROFILES)
+def test_configs_are_locked(module: ModuleType, profile: str):
+    with pytest.raises((AttributeError, KeyError)):
+        module.get_config(profile).model.num_heds = 4

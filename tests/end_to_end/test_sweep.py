@@ -1,0 +1,155 @@
+"""Sweeps from the command line with real training: run, run again, kill at any moment, go on."""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import sweep, train
+from mha_jax.sweeps.store import RunDirectory, SweepDirectory
+from mha_jax.training.checkpoints import Checkpoints
+
+SMOKE = "--config=configs/default.py:smoke"
+TIMINGS = ("step_seconds", "tokens_per_second", "compile_seconds", "peak_bytes")
+
+
+def rows(run):
+    """Every measured value of a run by (step, seed, split, name); a line written twice is a fault."""
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["name"] not in TIMINGS]
+    values = {(line["step"], line["seed"], line["split"], line["name"]): line["value"] for line in lines}
+    assert len(values) == len(lines)
+    return values
+
+
+@pytest.fixture
+def long(tmp_path):
+    """A sweep long enough to be hit in its middle, with a checkpoint or an evaluation nearly always at hand."""
+    words = random.Random(5).choices(("head", "query", "key", "value", "wide", "narrow"), k=3000)
+    documents = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
+    (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    numbers = {"training.steps": 60, "training.checkpoint_every": 3, "training.eval_every": 7, "training.log_every": 2}
+    flags = [f"--config.{name}={value}" for name, value in numbers.items()]
+    return [SMOKE, "--config.data.source=text", f"--config.data.files.train={tmp_path / 'text.txt'}", *flags]
+
+
+def start(flags, workdir):
+    arguments = [sys.executable, "-m", "experiments.sweep", *flags, f"--workdir={workdir}"]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def training_cell(workdir, least=0):
+    """The cell that is being trained, at step `least` or later, and its process; None where there is none."""
+    for path in sorted((workdir / "runs").glob("*")):
+        run = RunDirectory(path)
+        holder = re.match(r"process (\d+) ", (path / "lock").read_text()) if run.locked else None
+        if holder and run.state == "running" and run.status.get("step", -1) >= least:
+            return run, int(holder[1])
+    return None
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_its_table_and_running_it_again_trains_nothing(script, tmp_path):
+    ended = script(sweep.main, SMOKE, f"--workdir={tmp_path}")
+    assert ended.code == 0, ended.out + ended.err
+    runs = SweepDirectory(tmp_path).runs
+    assert [run.state for run in runs] == ["done", "done"]
+    assert (tmp_path / "report" / "index.html").exists()
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert table.strip() in ended.out
+    with (tmp_path / "report" / "results.csv").open() as file:
+        results = list(csv.DictReader(file))
+    assert [(row["model.num_heads"], row["seed"]) for row in results] == [
+        ("1", "0"),
+        ("1", "1"),
+        ("8", "0"),
+        ("8", "1"),
+    ]
+    assert all(float(row["validation/loss"]) > 0 for row in results)
+    before = [run.status for run in runs]
+    assert script(sweep.main, SMOKE, f"--workdir={tmp_path}").code == 0
+    assert [run.status for run in runs] == before
+
+
+@pytest.mark.slow
+def test_a_dry_run_prices_every_cell_and_makes_nothing(script, tmp_path):
+    ended = script(sweep.main, SMOKE, "--dry_run", f"--workdir={tmp_path / 'w'}", "--config.mesh.data=1")
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[0].split()[:3] == ["run", "heads", "kv"]
+    assert lines[1].split()[1:5] == ["1", "1", "32", "32"]
+    assert lines[2].split()[1:5] == ["8", "8", "4", "4"]
+    assert lines[1].split()[5:8] == lines[2].split()[5:8], "parameters, FLOPs and cache are those of the fixed width"
+    assert lines[1].split()[-1] == "MiB"
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_state_and_a_run_goes_on(script, long, tmp_path):
+    workdir = tmp_path / "w"
+    driver = start(long, workdir)
+    while training_cell(workdir, least=1) is None:
+        assert driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGTERM)
+    out = driver.communicate(timeout=120)[0]
+    assert driver.returncode == 75, out
+    stopped = SweepDirectory(workdir).runs[0]
+    reached = stopped.status["step"]
+    assert stopped.state == "stopped" and 0 < reached < 60
+    assert Checkpoints(stopped.path / "checkpoints", keep_last=2).steps()[-1] == reached
+    assert script(train.main, f"--run={stopped.path}", "--noprogress").code == 0
+    assert stopped.status["attempts"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kill_9_at_any_moment_changes_no_result(script, long, tmp_path):
+    """Drivers and cells are killed while they start, compile, train, evaluate and save; the end is the same."""
+    assert script(sweep.main, *long, f"--workdir={tmp_path / 'calm'}").code == 0
+    random_moments = random.Random(2017)
+    kills = {"driver": 0, "cell": 0}
+    workdir = tmp_path / "killed"
+    for round_number in range(8):
+        driver = start(long, workdir)
+        if round_number % 4 == 3:  # at any moment of the start
+            time.sleep(random_moments.uniform(0.2, 6))
+        else:
+            while training_cell(workdir) is None and driver.poll() is None:
+                time.sleep(0.02)
+            time.sleep(random_moments.uniform(0, 2.5))
+        found = training_cell(workdir)
+        if round_number % 2 and found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found[1], signal.SIGKILL)
+                kills["cell"] += 1
+            time.sleep(random_moments.uniform(0, 1))
+        if driver.poll() is None:
+            kills["driver"] += 1
+        driver.kill()
+        driver.communicate()
+    assert kills["driver"] >= 4 and kills["cell"] >= 1, kills
+    assert script(sweep.main, *long, f"--workdir={workdir}").code == 0
+    for calm, killed in zip(SweepDirectory(tmp_path / "calm").runs, SweepDirectory(workdir).runs, strict=True):
+        assert killed.run_id == calm.run_id
+        assert rows(killed) == rows(calm)
+        assert len(rows(calm)) > 2 * 60 / 7
+
+
+@pytest.mark.slow
+def test_one_run_equals_its_cell_in_a_sweep(script, tmp_path):
+    assert script(sweep.main, SMOKE, f"--workdir={tmp_path / 'sweep'}").code == 0
+    alone = script(train.main, SMOKE, "--config.model.num_heads=1", f"--workdir={tmp_path / 'alone'}", "--noprogress")
+    assert alone.code == 0, alone.err
+    (run,) = SweepDirectory(tmp_path / "alone").runs
+    cell = SweepDirectory(tmp_path / "sweep").runs[0]
+    assert run.run_id == cell.run_id
+    assert rows(run) == rows(cell)
