@@ -8,7 +8,7 @@ from experiments import report as script
 from mha_jax.reporting import build_report
 from mha_jax.specs import UserError
 
-DEFAULT, VASWANI = "configs/default.py", "configs/vaswani2017_table3.py:multi30k"
+DEFAULT, VASWANI = "configs/default.py", "configs/vaswani2017_table3.py:paper"
 LOSSES = {0: [1.50, 1.51, 1.49], 1: [1.58, 1.60, 1.57], 3: [1.49, 1.50, 1.49], 5: [1.55, 1.56, 1.55]}
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from mha_jax.reporting import formats, provenance, results, tables
 
-DEFAULT, VASWANI = "configs/default.py", "configs/vaswani2017_table3.py:multi30k"
+DEFAULT, VASWANI = "configs/default.py", "configs/vaswani2017_table3.py:paper"
 
 
 @pytest.fixture
