@@ -55,7 +55,7 @@ def get_config(profile: str = "") -> ConfigDict:
     config.data = data = ConfigDict()
     data.source = "embedded"
     data.length = 128
-    data.batch_size = 16
+    data.batch_size = 8
     data.tokenizer = "bytes"
     data.vocab_size = placeholder(int)
     data.files = ConfigDict({split: placeholder(str) for split in ("train", "validation", "test")})
@@ -82,9 +82,9 @@ def get_config(profile: str = "") -> ConfigDict:
     optimizer.clip_norm = placeholder(float)
 
     config.training = training = ConfigDict()
-    training.steps = 400
+    training.steps = 300
     training.eval_every = 100
-    training.checkpoint_every = 200
+    training.checkpoint_every = 100
     training.log_every = 10
     training.keep_last = 2
     training.average_last = 1

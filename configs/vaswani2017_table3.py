@@ -99,13 +99,13 @@ def get_paper(profile: str = "paper") -> dict[str, Any]:
         ("(A) h=4", _heads(4), 5.00, 25.5, None),
         ("(A) h=16", _heads(16), 4.91, 25.8, None),
         ("(A) h=32", _heads(32), 5.01, 25.4, None),
-        ("(B) d_k=16", _key(sizes["quarter"]), 5.16, 25.1, 58e6),
+        ("(B) d_k/4", _key(sizes["quarter"]), 5.16, 25.1, 58e6),
     ]
     if "half" in sizes:
-        rows.append(("(B) d_k=32", _key(sizes["half"]), 5.01, 25.4, 60e6))
+        rows.append(("(B) d_k/2", _key(sizes["half"]), 5.01, 25.4, 60e6))
     names = ("label", "cell", "validation/perplexity", "validation/bleu", "parameters")
     return {
-        "source": "Vaswani et al. 2017, table 3 (arXiv:1706.03762): WMT 2014 English-German, newstest2013, one run a cell",
+        "source": "Vaswani et al. 2017, table 3 (arXiv:1706.03762): WMT 2014 En-De, newstest2013, one run a cell",
         "confidence": "verified",
         "rows": [dict(zip(names, row, strict=True)) for row in rows],
     }

@@ -19,7 +19,9 @@ def main(argv: list[str]) -> int:
     cli.define_config(values, argv)
     flags.DEFINE_string("workdir", None, "Where the sweep's files go.", flag_values=values)
     flags.DEFINE_enum("executor", "local", ["local"], "What runs the cells.", flag_values=values)
-    flags.DEFINE_integer("workers", 1, "Cells at once.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "workers", None, "Cells at once; left out: one, or on CPU one a core.", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_bool("dry_run", False, "Print the cells and what they cost; train nothing.", flag_values=values)
     cli.parse(values, argv, __doc__)
     study = cli.study(values)
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
         if cell.reason:
             print(f"left out: {cell.run_id}: {cell.reason}")
     preparation.prepare_data(cells, sweep.path)
-    code = local.run(sweep.runs, workers=values.workers)
+    code = local.run(sweep.runs, workers=values.workers or local.default_workers(devices["platform"], len(sweep.runs)))
     if code == Exit.STOPPED:
         print("stopped, state saved; run again to go on")
         return code

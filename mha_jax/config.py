@@ -69,9 +69,7 @@ def _build(spec: type[Spec], section: Mapping[str, Any], prefix: str) -> Spec:
     missing = [
         name
         for name, field in fields.items()
-        if name not in section
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in section and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f"config field {prefix + missing[0]!r} is missing")
@@ -82,7 +80,9 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunSpec:
     """The validated spec of a config. Raises UserError with one line on the first thing that is wrong."""
     tree = plain(config)
     built = {
-        name: _build(spec, tree[name], f"{name}.") for name, spec in _SECTIONS.items() if isinstance(tree.get(name), dict)
+        name: _build(spec, tree[name], f"{name}.")
+        for name, spec in _SECTIONS.items()
+        if isinstance(tree.get(name), dict)
     }
     return _build(RunSpec, {**tree, **built}, "")
 

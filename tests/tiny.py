@@ -42,7 +42,9 @@ def run(task: str = "lm", seeds: tuple[int, ...] = (0, 1), **overrides: Any) -> 
 def batches(spec: RunSpec, steps: int) -> list[Batch]:
     """Random batches of the shapes that the run trains on, [R, B, ...], a function of (seed, step)."""
     shapes = abstract_batches(spec)
-    return [_stack([_batch(spec, shapes[step % len(shapes)], seed, step) for seed in spec.seeds]) for step in range(steps)]
+    return [
+        _stack([_batch(spec, shapes[step % len(shapes)], seed, step) for seed in spec.seeds]) for step in range(steps)
+    ]
 
 
 def _stack(parts: list[Batch]) -> Batch:

@@ -13,7 +13,7 @@ from mha_jax.reporting.results import Results
 from mha_jax.reporting.tables import Table
 
 # What a second of a run was spent on, in the order of the bar. The first two are what a run is for.
-PARTS = ("train", "eval", "compile", "startup", "data", "save")
+PARTS = ("train", "eval", "compile", "imports", "data", "save")
 
 
 def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list[Picture]) -> str:

@@ -18,9 +18,11 @@ def _broken(tree: Any) -> str | None:
 
 
 def first_non_finite(run: RunSpec, state: State, index: int, batch: Batch) -> str:
-    """Names what is first not finite for one seed: a parameter, else a layer's output, else the logits, else a gradient.
+    """Names what is first not finite for one seed: a parameter, a layer's output, the logits, or a gradient.
 
-    Args: index: of the seed on the seed axis. batch: of that seed alone, without dropout, layer by layer and uncompiled.
+    Runs uncompiled and without dropout.
+
+    Args: index: of the seed on the seed axis. batch: of that seed alone, [B, ...].
     """
     params, constants = jax.tree.map(lambda leaf: leaf[index], (state["params"], state["constants"]))
     batch = jax.tree.map(jnp.asarray, batch)

@@ -1,4 +1,4 @@
-"""Evaluation on whole splits: loss, perplexity, bits per byte, accuracy, and BLEU by beam search. Per seed, each (R,)."""
+"""Evaluation on whole splits: loss, perplexity, bits per byte, accuracy, and BLEU by beam search; each (R,)."""
 
 import functools
 import math

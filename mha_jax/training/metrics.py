@@ -52,7 +52,9 @@ class MetricsLog:
         if not self.path.exists():
             return
         rows, _ = read_metrics(self.path)
-        rows = [r for r in rows if r["step"] < step or (r["step"] == step and (keep_evaluations or r["split"] == "train"))]
+        rows = [
+            r for r in rows if r["step"] < step or (r["step"] == step and (keep_evaluations or r["split"] == "train"))
+        ]
         kept = [json.dumps({**row, "value": _json_value(row["value"])}) for row in rows]
         partial = self.path.with_name(self.path.name + ".tmp")
         partial.write_text("".join(line + "\n" for line in kept))

@@ -91,7 +91,9 @@ def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -
         "loss": sums["loss"] / weight,
         "tokens": sums["weight"],
         "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(learning_rate(run.optimizer, run.model.d_model, run.training.steps)(state["step"])),
+        "learning_rate": jnp.asarray(
+            learning_rate(run.optimizer, run.model.d_model, run.training.steps)(state["step"])
+        ),
         "good": good,
     }
     return {**state, **kept}, metrics
@@ -127,7 +129,7 @@ def abstract_batches(run: RunSpec) -> list[Batch]:
 
 
 def peak_bytes(compiled: Any) -> int | None:
-    """What XLA plans to have allocated at the worst moment of a compiled program, in bytes; None where it does not say."""
+    """Bytes that XLA plans to hold at the worst moment of a compiled program; None where it does not say."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None

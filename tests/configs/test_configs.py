@@ -81,7 +81,7 @@ def test_the_papers_parameter_counts():
         assert cost.parameters(run) == pytest.approx(row["parameters"], rel=0.04), row["label"]
 
 
-@pytest.mark.parametrize(("module", "profile"), PROFILES)
+@pytest.mark.parametrize(("module", "profile"), [p for p in PROFILES if p[1] != "smoke"])  # smoke has two cells only
 def test_claims_name_cells_of_the_sweep(module: ModuleType, profile: str):
     study = grid.load(f"{module.__file__}:{profile}")
     base = flatten(study.config)

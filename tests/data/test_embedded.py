@@ -14,11 +14,13 @@ def test_corpus_is_large_and_its_documents_distinct():
     assert any("Return a list of" in text for text in splits["train"])
 
 
-def test_fingerprint_changes_with_the_library(monkeypatch):
+def test_fingerprint_changes_with_the_library(monkeypatch, tmp_path):
+    module = tmp_path / "module.py"
+    module.write_text('"""Old."""')
+    monkeypatch.setattr(embedded, "_modules", lambda: [module])
     before = embedded.fingerprint()
     assert before == embedded.fingerprint()
-    modules = embedded._modules()
-    monkeypatch.setattr(embedded, "_modules", lambda: modules[1:])
+    module.write_text('"""Newer."""')
     assert embedded.fingerprint() != before
 
 

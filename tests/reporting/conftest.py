@@ -63,7 +63,7 @@ def write_run(path: epath.Path, seeds: tuple[int, ...], values: list[float], ble
         "devices": {"platform": "cpu", "kind": "cpu", "count": 2},
         "device_kind": "cpu",
         "data": {"source": "a corpus", "sha256": "ab" * 32, "splits": {"train": {"examples": 11, "tokens": 1300}}},
-        "seconds": {"startup": 4.0, "data": 1.0, "compile": 3.5, "train": 90.0, "eval": 6.0, "save": 0.5},
+        "seconds": {"imports": 4.0, "data": 1.0, "compile": 3.5, "train": 90.0, "eval": 6.0, "save": 0.5},
     } | ({"bleu_signature": "nrefs:1|case:mixed"} if bleu else {})
     (path / "status.json").write_text(json.dumps(status))
 

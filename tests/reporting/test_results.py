@@ -64,7 +64,7 @@ def test_a_value_that_is_not_finite_stays_so(make_sweep):
 def test_cells_are_found_by_what_they_change(make_sweep):
     found = results.read(make_sweep("configs/vaswani2017_table3.py:paper", {}).path)
     assert found.find({}) is found.cells[0]
-    assert found.find({"model.qk_dim": 16, "model.num_heads": 8}) is found.cells[5]  # 8 heads are the base's own
+    assert found.find({"model.qk_dim": 16, "model.num_heads": 8}) is found.cells[6]  # 8 heads are the base's own
     assert found.find({"model.qk_dim": 17}) is None
     assert [found.label(c.overrides) for c in found.cells][:3] == ["base", "(A) h=1", "(A) h=4"]
 

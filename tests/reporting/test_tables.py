@@ -41,7 +41,7 @@ def test_missing_cells_are_listed_and_never_zero(found):
 
 
 def test_the_papers_numbers_stand_beside_ours(make_sweep):
-    found = results.read(make_sweep(VASWANI, {0: [1.5, 1.6, 1.7], 5: [1.6, 1.7, 1.81]}, bleu=True).path)
+    found = results.read(make_sweep(VASWANI, {0: [1.5, 1.6, 1.7], 6: [1.6, 1.7, 1.81]}, bleu=True).path)
     text = tables.make(found).rows[1].text
     assert (text["cell"], text["d_k"], text["d_v"]) == ("(B) d_k=16", "16", "64")
     assert (text["paper perplexity"], text["paper BLEU"], text["paper params"]) == ("5.16", "25.1", "58M")

@@ -20,7 +20,12 @@ from mha_jax.training.parallel import make_program
 from tests import tiny
 
 TIMINGS = {"step_seconds", "tokens_per_second", "compile_seconds", "peak_bytes"}
-TEXT = "".join(f"the {a} {b} sat on the {c}\n\n" for a in "red old big".split() for b in "cat dog hen".split() for c in "mat hat bat".split())
+TEXT = "".join(
+    f"the {a} {b} sat on the {c}\n\n"
+    for a in ("red", "old", "big")
+    for b in ("cat", "dog", "hen")
+    for c in ("mat", "hat", "bat")
+)
 
 
 def text_config(folder, **overrides):
@@ -112,7 +117,12 @@ def test_a_run_writes_the_metrics_that_the_report_reads(tmp_path):
     last = {(row["split"], row["name"]) for row in rows if row["step"] == 20 and row["seed"] == 1}
     for split in ("validation", "test"):
         assert {(split, "loss"), (split, "perplexity"), (split, "bits_per_byte"), (split, "accuracy")} <= last
-    assert {("train", "loss"), ("train", "learning_rate"), ("train", "step_seconds"), ("train", "compile_seconds")} <= last
+    assert {
+        ("train", "loss"),
+        ("train", "learning_rate"),
+        ("train", "step_seconds"),
+        ("train", "compile_seconds"),
+    } <= last
     keys = [(row["step"], row["seed"], row["split"], row["name"]) for row in rows]
     assert len(keys) == len(set(keys))
     assert set(facts["seconds"]) >= {"train", "eval", "compile", "data", "save"}
@@ -125,7 +135,11 @@ def test_the_final_evaluation_is_of_the_averaged_checkpoints(tmp_path):
     train(tmp_path, "plain", plain)
     train(tmp_path, "averaged", averaged)
     loss = {
-        name: [r["value"] for r in result(tmp_path / name, c)[2] if (r["step"], r["split"], r["name"]) == (20, "test", "loss")]
+        name: [
+            r["value"]
+            for r in result(tmp_path / name, c)[2]
+            if (r["step"], r["split"], r["name"]) == (20, "test", "loss")
+        ]
         for name, c in (("plain", plain), ("averaged", averaged))
     }
     assert not np.allclose(loss["plain"], loss["averaged"], rtol=1e-4)
@@ -137,6 +151,8 @@ def test_the_final_evaluation_is_of_the_averaged_checkpoints(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_seed_and_layer(tmp_path):
-    config = text_config(tmp_path, optimizer__learning_rate=1e30, optimizer__schedule="constant", optimizer__warmup_steps=0)
+    config = text_config(
+        tmp_path, optimizer__learning_rate=1e30, optimizer__schedule="constant", optimizer__warmup_steps=0
+    )
     with pytest.raises(loop.NonFiniteLoss, match=r"not finite at step 2, seed 0; first seen in .*decoder layer 0"):
         train(tmp_path, "run", config)

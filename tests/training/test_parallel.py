@@ -49,7 +49,7 @@ def test_eight_devices_equal_one_over_20_steps_in_float64(layout, task):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_eight_devices_equal_one_over_5_steps_in_float32(layout):
-    # Tolerance: float32 sums in another order differ by 1e-7 a step; later steps drift apart, as Adam divides by small v.
+    # Tolerance: float32 sums in another order differ by 1e-7 a step; later steps drift, as Adam divides by small v.
     spec = tiny.run("lm", optimizer__epsilon=1e-6, **DROPOUT)
     batches = tiny.batches(spec, 5)
     expected, losses = trained(spec, batches, 1)

@@ -52,6 +52,12 @@ def run(
     return queue.verdict()
 
 
+def default_workers(platform: str, num_cells: int) -> int:
+    """One cell at a time on an accelerator; on CPU one a core, up to 8: two small cells of a thread each outrun two
+    that take turns on both cores."""
+    return max(min(len(_cores(0)) or 1, num_cells, 8), 1) if platform == "cpu" else 1
+
+
 class _Queue:
     """The cells that wait, the ones that run, and how the others ended."""
 
@@ -148,9 +154,9 @@ class _Queue:
 
     def _give_cores(self, pid: int) -> None:
         """Workers side by side get disjoint cores: two cells of one thread each outrun two that share both."""
-        if self._workers == 1 or not hasattr(os, "sched_setaffinity"):
+        cores = sorted(_cores(0))
+        if self._workers == 1 or not cores:
             return
-        cores = sorted(os.sched_getaffinity(0))
         taken = {core for child in self._running for core in _cores(child.process.pid)}
         free = [core for core in cores if core not in taken] or cores
         os.sched_setaffinity(pid, free[: max(len(cores) // self._workers, 1)])
@@ -168,9 +174,10 @@ class _Queue:
 
 
 def _cores(pid: int) -> set[int]:
+    """The cores that a process may use (0: this one); none where it is gone or the system does not tell."""
     try:
         return os.sched_getaffinity(pid)
-    except ProcessLookupError:
+    except (AttributeError, ProcessLookupError):
         return set()
 
 

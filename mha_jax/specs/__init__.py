@@ -1,0 +1,31 @@
+"""What a run is made of: frozen, validated values, one dataclass a section of the config.
+
+Building a spec checks everything that can be checked without data or devices, and touches neither. Every fault is a
+`UserError`: one line that says what is wrong, the value, and what would be right.
+"""
+
+from mha_jax.specs.checks import UserError
+from mha_jax.specs.data import BOS, BYTE_VOCAB_SIZE, EOS, MASK, PAD, SPECIAL_TOKENS, DataSpec
+from mha_jax.specs.heads import HeadShape
+from mha_jax.specs.model import ModelSpec
+from mha_jax.specs.run import ATTENTION_KINDS, MeshSpec, RunSpec
+from mha_jax.specs.training import DecodingSpec, OptimizerSpec, TrainingSpec
+
+__all__ = [
+    "ATTENTION_KINDS",
+    "BOS",
+    "BYTE_VOCAB_SIZE",
+    "EOS",
+    "MASK",
+    "PAD",
+    "SPECIAL_TOKENS",
+    "DataSpec",
+    "DecodingSpec",
+    "HeadShape",
+    "MeshSpec",
+    "ModelSpec",
+    "OptimizerSpec",
+    "RunSpec",
+    "TrainingSpec",
+    "UserError",
+]

@@ -1,0 +1,63 @@
+"""The data's section: source, tokens, static shapes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mha_jax.specs.checks import UserError, at_least, choice
+
+PAD, BOS, EOS, MASK = 0, 1, 2, 3
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
+BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Where tokens come from, and the static shapes that they are packed into."""
+
+    source: Literal["embedded", "text", "parallel", "tfds"]
+    length: int
+    batch_size: int
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    vocab_size: int | None = None
+    files: Mapping[str, Any] | None = None
+    tfds_name: str | None = None
+    languages: tuple[str, str] | None = None  # source and target; None: the order that the TFDS set itself gives
+    validation_fraction: float = 0.05
+    segments: bool = False
+    batch_tokens: int | None = None
+    buckets: tuple[int, ...] | None = None
+    num_classes: int | None = None
+    max_examples: int | None = None
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        choice("data.source", self.source, ("embedded", "text", "parallel", "tfds"))
+        choice("data.tokenizer", self.tokenizer, ("bytes", "bpe"))
+        at_least("data.length", self.length, 2)
+        at_least("data.batch_size", self.batch_size, 1)
+        if self.tokenizer == "bpe":
+            at_least("data.vocab_size", self.vocab_size, BYTE_VOCAB_SIZE)
+        elif self.vocab_size not in (None, BYTE_VOCAB_SIZE):
+            raise UserError(
+                f"data.vocab_size={self.vocab_size} does not fit data.tokenizer='bytes', "
+                f"which has {BYTE_VOCAB_SIZE}; leave it out or use 'bpe'"
+            )
+        if self.source in ("text", "parallel") and not (self.files and self.files.get("train")):
+            raise UserError(f"data.source={self.source!r} needs data.files.train")
+        if self.source == "tfds" and not self.tfds_name:
+            raise UserError("data.source='tfds' needs data.tfds_name, for instance 'wmt14_translate/de-en'")
+        for field in ("batch_tokens", "num_classes", "max_examples"):
+            if getattr(self, field) is not None:
+                at_least(f"data.{field}", getattr(self, field), 1)
+        if not 0 < self.validation_fraction < 0.5:
+            raise UserError(f"data.validation_fraction={self.validation_fraction!r} must be above 0 and below 0.5")
+        for bucket in self.buckets or ():
+            at_least("data.buckets", bucket, 2)
+        if self.buckets and (list(self.buckets) != sorted(set(self.buckets)) or self.buckets[-1] != self.length):
+            raise UserError(f"data.buckets={self.buckets} must rise and end at data.length={self.length}")
+
+    @property
+    def tokens(self) -> int:
+        """Size of the vocabulary, the special tokens included."""
+        return BYTE_VOCAB_SIZE if self.vocab_size is None else self.vocab_size

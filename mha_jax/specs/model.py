@@ -1,0 +1,94 @@
+"""The model's section: how deep, how wide, how many heads of which width in every layer."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mha_jax.specs.checks import UserError, at_least, choice, rate
+from mha_jax.specs.heads import HeadShape
+
+HeadCount = int | tuple[int, ...] | Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A stack of Transformer blocks.
+
+    `num_heads`, `num_kv_heads`, `qk_dim` and `v_dim` are each one value, a tuple with one a layer, or a dict by kind of
+    attention ("encoder", "decoder", "cross") whose values are either. Widths are per head; None derives d_model / H.
+    """
+
+    num_layers: int
+    d_model: int
+    num_heads: HeadCount
+    d_ff: int
+    max_length: int
+    num_kv_heads: HeadCount | None = None
+    qk_dim: HeadCount | None = None
+    v_dim: HeadCount | None = None
+    head_to_group: tuple[int, ...] | None = None
+    positions: Literal["sinusoidal", "learned", "rope", "none"] = "learned"
+    norm: Literal["pre", "post"] = "pre"
+    activation: Literal["relu", "gelu"] = "gelu"
+    use_bias: bool = False
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    match: Literal["none", "params", "flops"] = "none"
+    match_base: Mapping[str, Any] | None = None
+    init: Literal["independent", "shared"] = "independent"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "d_model", "d_ff", "max_length"):
+            at_least(f"model.{field}", getattr(self, field), 1)
+        choice("model.positions", self.positions, ("sinusoidal", "learned", "rope", "none"))
+        choice("model.norm", self.norm, ("pre", "post"))
+        choice("model.activation", self.activation, ("relu", "gelu"))
+        choice("model.match", self.match, ("none", "params", "flops"))
+        choice("model.init", self.init, ("independent", "shared"))
+        choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        rate("model.dropout_rate", self.dropout_rate)
+        rate("model.attention_dropout_rate", self.attention_dropout_rate)
+        if self.match != "none" and self.match_base is None:
+            raise UserError(
+                f"model.match={self.match!r} needs model.match_base, the head shape whose cost every cell shall have"
+            )
+
+    def heads(self, kind: str) -> tuple[HeadShape, ...]:
+        """The head shape of each layer for one kind of attention: "encoder", "decoder" or "cross"."""
+        shapes = []
+        for layer in range(self.num_layers):
+            fields = [self._of_layer(name, kind, layer) for name in ("num_heads", "num_kv_heads", "qk_dim", "v_dim")]
+            try:
+                shape = HeadShape.resolve(self.d_model, *fields, head_to_group=self.head_to_group)
+            except UserError as error:
+                raise UserError(f"{error} (model, {kind} layer {layer})") from None
+            if self.positions == "rope" and kind != "cross" and shape.num_heads and shape.qk_dim % 2:
+                raise UserError(f"model.positions='rope' rotates pairs: qk_dim={shape.qk_dim} must be even")
+            if self.init == "shared":
+                self._check_shared(shape)
+            shapes.append(shape)
+        return tuple(shapes)
+
+    def _check_shared(self, shape: HeadShape) -> None:
+        for heads, width in ((shape.num_heads, shape.qk_dim), (shape.num_heads, shape.v_dim)):
+            if heads * width > self.d_model:
+                raise UserError(
+                    f"model.init='shared' cuts heads out of one [{self.d_model}, {self.d_model}] draw: "
+                    f"{heads} heads of width {width} need {heads * width} columns, at most {self.d_model} fit"
+                )
+
+    def _of_layer(self, field: str, kind: str, layer: int) -> int | None:
+        value: Any = getattr(self, field)
+        if isinstance(value, Mapping):
+            if kind not in value:
+                raise UserError(f"model.{field} has no entry for {kind!r}; it has {', '.join(map(repr, value))}")
+            value = value[kind]
+        if isinstance(value, (tuple, list)):
+            if len(value) != self.num_layers:
+                raise UserError(
+                    f"model.{field} lists {len(value)} layers for {kind!r}; model.num_layers={self.num_layers}"
+                )
+            value = value[layer]
+        return value

@@ -1,0 +1,98 @@
+"""A whole run: its sections, and what must hold between them."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from mha_jax.specs.checks import UserError, at_least, choice, divisors, listing
+from mha_jax.specs.data import DataSpec
+from mha_jax.specs.model import ModelSpec
+from mha_jax.specs.training import DecodingSpec, OptimizerSpec, TrainingSpec
+
+ATTENTION_KINDS = {
+    "lm": ("decoder",),
+    "classification": ("encoder",),
+    "translation": ("encoder", "decoder", "cross"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """Devices along each axis for parallel="jit"; `data` None takes all that remain."""
+
+    seed: int = 1
+    data: int | None = None
+    head: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("seed", "head"):
+            at_least(f"mesh.{field}", getattr(self, field), 1)
+        if self.data is not None:
+            at_least("mesh.data", self.data, 1)
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """Axis sizes (seed, data, head) on so many devices."""
+        fixed = self.seed * self.head
+        data = self.data if self.data is not None else max(num_devices // fixed, 1)
+        if fixed * data > num_devices:
+            raise UserError(
+                f"mesh seed={self.seed} x data={data} x head={self.head} needs {fixed * data} devices; "
+                f"there are {num_devices}"
+            )
+        return self.seed, data, self.head
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """Everything that decides a run's result."""
+
+    name: str
+    task: Literal["lm", "translation", "classification"]
+    seeds: tuple[int, ...]
+    parallel: Literal["jit", "pmap"]
+    mesh: MeshSpec
+    model: ModelSpec
+    data: DataSpec
+    optimizer: OptimizerSpec
+    training: TrainingSpec
+    decoding: DecodingSpec
+
+    def __post_init__(self) -> None:
+        choice("task", self.task, tuple(ATTENTION_KINDS))
+        choice("parallel", self.parallel, ("jit", "pmap"))
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds={self.seeds!r} must be distinct integers, at least one")
+        for kind in ATTENTION_KINDS[self.task]:
+            self.model.heads(kind)
+        if self.data.length > self.model.max_length:
+            raise UserError(
+                f"data.length={self.data.length} is longer than model.max_length={self.model.max_length} positions"
+            )
+        if self.task == "translation" and self.data.source not in ("parallel", "tfds"):
+            raise UserError(f"task='translation' needs data.source='parallel' or 'tfds', not {self.data.source!r}")
+        if self.task == "classification" and not self.data.num_classes:
+            raise UserError("task='classification' needs data.num_classes")
+        if self.parallel == "pmap" and (self.mesh.seed, self.mesh.head) != (1, 1):
+            raise UserError(
+                f"parallel='pmap' splits data only; mesh.seed={self.mesh.seed} and "
+                f"mesh.head={self.mesh.head} need 'jit'"
+            )
+        if len(self.seeds) % self.mesh.seed:
+            raise UserError(f"{len(self.seeds)} seeds do not split over mesh.seed={self.mesh.seed} devices")
+
+    def check_devices(self, num_devices: int) -> None:
+        """Raises UserError where batch or heads do not divide over the devices of the machine at hand."""
+        _, data, head = self.mesh.sizes(num_devices)
+        if self.data.batch_size % data:
+            fits = [d for d in divisors(self.data.batch_size) if d <= num_devices]
+            raise UserError(
+                f"data.batch_size={self.data.batch_size} is not a multiple of {data} data devices; {listing(fits)} fit"
+            )
+        for kind in ATTENTION_KINDS[self.task]:
+            for shape in self.model.heads(kind):
+                common = math.gcd(shape.num_heads, shape.num_kv_heads)
+                if common % head:
+                    raise UserError(
+                        f"mesh.head={head} does not divide num_heads={shape.num_heads} and "
+                        f"num_kv_heads={shape.num_kv_heads}; {listing(divisors(common))} fit"
+                    )
