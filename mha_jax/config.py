@@ -102,7 +102,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 def override(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     """A copy of the config with dotted fields set. Raises UserError for a field that does not exist."""
-    copy = ConfigDict(config.copy_and_resolve_references())
+    copy = config.copy_and_resolve_references()
     known = list(flatten(config))
     for name, value in values.items():
         *path, leaf = name.split(".")

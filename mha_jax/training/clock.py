@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-CATEGORIES = ("data", "compile", "train", "eval", "save")
+CATEGORIES: tuple[str, ...] = ("data", "compile", "train", "eval", "save")
 
 
 class Clock:

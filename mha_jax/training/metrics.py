@@ -45,7 +45,8 @@ class MetricsLog:
     def rewind(self, step: int, keep_evaluations: bool = True) -> None:
         """Forgets every line of a later step and every broken line, as a run resumed at `step` will write them again.
 
-        `rewind(-1)` forgets all. Without `keep_evaluations` of the lines of `step` itself only split "train" stays. TensorBoard hides the events of the forgotten steps.
+        `rewind(-1)` forgets all. Without `keep_evaluations`, of the lines of `step` itself only split "train" stays.
+        TensorBoard hides the events of the forgotten steps.
         """
         self.close()
         self._purge_step = step + 1

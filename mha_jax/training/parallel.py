@@ -6,6 +6,7 @@ host batches [R, B, ...] and never sees a sharding.
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,11 +19,13 @@ from mha_jax.training.losses import Batch
 from mha_jax.training.step import State, evaluate_step, init_state, peak_bytes, train_step
 
 # Which axis of a parameter is the head axis, counted without the seed axis in front.
-_HEAD_AXIS = {("query", "kernel"): 1, ("key", "kernel"): 1, ("value", "kernel"): 1, ("out", "kernel"): 0}
-_HEAD_AXIS |= {("query", "bias"): 0, ("key", "bias"): 0, ("value", "bias"): 0}
+_HEAD_AXIS: dict[tuple[str, ...], int] = {
+    **dict.fromkeys([("query", "kernel"), ("key", "kernel"), ("value", "kernel")], 1),
+    **dict.fromkeys([("query", "bias"), ("key", "bias"), ("value", "bias"), ("out", "kernel")], 0),
+}
 
 
-def make_mesh(run: RunSpec, devices: list[jax.Device]) -> Mesh:
+def make_mesh(run: RunSpec, devices: Sequence[Any]) -> Mesh:
     """The mesh of a run: as many of the devices as its axes need."""
     sizes = run.mesh.sizes(len(devices))
     grid = np.asarray(devices[: int(np.prod(sizes))], dtype=object).reshape(sizes)
@@ -46,7 +49,7 @@ def state_shardings(state: State, mesh: Mesh) -> State:
 class JitProgram:
     """One program over a mesh; the compiler inserts the collectives."""
 
-    def __init__(self, run: RunSpec, devices: list[jax.Device]):
+    def __init__(self, run: RunSpec, devices: Sequence[Any]):
         self.run, self.mesh = run, make_mesh(run, devices)
         self.compile_seconds = 0.0
         self.predicted_peak_bytes: int | None = None
@@ -103,7 +106,7 @@ class JitProgram:
 class PmapProgram(JitProgram):
     """One program a device, data split between them, sums taken by psum. State carries a leading device axis."""
 
-    def __init__(self, run: RunSpec, devices: list[jax.Device]):
+    def __init__(self, run: RunSpec, devices: Sequence[Any]):
         super().__init__(run, devices)
         self._devices = list(self.mesh.devices.flat)
         self._step = jax.pmap(
@@ -135,7 +138,7 @@ class PmapProgram(JitProgram):
         return state, jax.tree.map(lambda leaf: leaf[0], metrics)
 
 
-def make_program(run: RunSpec, devices: list[jax.Device]) -> JitProgram | PmapProgram:
+def make_program(run: RunSpec, devices: Sequence[Any]) -> JitProgram | PmapProgram:
     """The program that `run.parallel` asks for. Raises UserError where batch or heads do not fit the devices."""
     run.check_devices(len(devices))
     return {"jit": JitProgram, "pmap": PmapProgram}[run.parallel](run, devices)

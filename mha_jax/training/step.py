@@ -2,8 +2,8 @@
 
   state = {"seed", "step", "params", "constants", "optimizer"}
 
-`params` are nested dicts of arrays under the module's own names, so that what works on heads can index them. How the step
-is spread over devices is the business of parallel.py; nothing here knows a device.
+`params` are nested dicts of arrays under the module's own names, so that what works on heads can index them. How the
+step is spread over devices is the business of parallel.py; nothing here knows a device.
 """
 
 import functools
@@ -111,7 +111,7 @@ def train_step(
 
 
 def evaluate_step(run: RunSpec, params: Any, constants: Any, batch: Batch) -> dict[str, Array]:
-    """Sums of loss, correct predictions and weight over one batch, without dropout: each (R,). All seeds see one batch."""
+    """Sums of loss, correct predictions and weight over one batch that all seeds see, without dropout: each (R,)."""
 
     def one(params: Any, constants: Any) -> dict[str, Array]:
         return loss_sums(run.task, merge(run, params, constants), batch, None, 0.0)
