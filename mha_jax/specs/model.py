@@ -79,7 +79,7 @@ class ModelSpec:
                     f"{heads} heads of width {width} need {heads * width} columns, at most {self.d_model} fit"
                 )
 
-    def _of_layer(self, field: str, kind: str, layer: int) -> int | None:
+    def _of_layer(self, field: str, kind: str, layer: int) -> Any:
         value: Any = getattr(self, field)
         if isinstance(value, Mapping):
             if kind not in value:
