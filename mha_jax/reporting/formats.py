@@ -5,6 +5,7 @@ import io
 import math
 from typing import Any
 
+from mha_jax.reporting.claims import Verdict
 from mha_jax.reporting.tables import Table, head_shape
 
 _LATEX = {
@@ -20,8 +21,8 @@ _LATEX = {
 }
 
 
-def markdown(table: Table, caption: list[tuple[str, str]]) -> str:
-    """A Markdown table that is aligned for terminals too, then what is missing and why, then the caption."""
+def markdown(table: Table, verdicts: list[Verdict], caption: list[tuple[str, str]]) -> str:
+    """A Markdown table that is aligned for terminals too, then what is missing and why, the claims, the caption."""
     lines = [[row.text.get(c, "–").replace("|", "\\|") for c in table.columns] for row in table.rows]
     for row, line in zip(table.rows, lines, strict=True):
         line[0] = f"**{line[0]}**" if row.is_base else line[0]
@@ -31,6 +32,8 @@ def markdown(table: Table, caption: list[tuple[str, str]]) -> str:
     parts = ["\n".join("| " + " | ".join(line) + " |" for line in body) if lines else "No cell has finished yet."]
     if table.missing:
         parts.append("\n".join(f"- missing: {label}: {reason}" for label, reason in table.missing))
+    if verdicts:
+        parts.append("\n".join(f"- claim **{v.status}**: {v.text} {v.sentence}" for v in verdicts))
     parts.append("\n".join(f"- {name}: {value}" for name, value in caption))
     return "\n\n".join(parts) + "\n"
 

@@ -17,7 +17,7 @@ def build_report(workdir: epath.PathLike) -> epath.Path:
     table, caption = tables.make(found), provenance.caption(found)
     directory = epath.Path(workdir) / "report"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "table.md").write_text(formats.markdown(table, caption))
+    (directory / "table.md").write_text(formats.markdown(table, verdicts, caption))
     (directory / "table.csv").write_text(formats.csv_text(table))
     (directory / "table.tex").write_text(formats.latex(table, caption))
     (directory / "results.csv").write_text(formats.rows_as_csv(found.rows()))

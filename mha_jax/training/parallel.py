@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -62,7 +61,8 @@ class JitProgram:
         self._compiled: dict[Any, Any] = {}
 
     def init(self) -> State:
-        return self._timed(jax.jit(functools.partial(init_state, self.run), out_shardings=self._shardings))()
+        # Not compiled as a whole: that takes as long as compiling the step, for a program that runs once.
+        return jax.device_put(init_state(self.run), self._shardings)
 
     def abstract_state(self) -> State:
         abstract = jax.eval_shape(functools.partial(init_state, self.run))
@@ -86,12 +86,6 @@ class JitProgram:
         batch = jax.device_put(batch, self._eval_sharding)
         return self._compiled_for("evaluate", self._evaluate, params, constants, batch)(params, constants, batch)
 
-    def _timed(self, function: Any) -> Any:
-        start = time.perf_counter()
-        compiled = function.lower().compile()
-        self.compile_seconds += time.perf_counter() - start
-        return compiled
-
     def _compiled_for(self, name: str, function: Any, *args: Any) -> Any:
         key = (name, tuple(sorted((k, v.shape) for k, v in args[-1].items())))
         if key not in self._compiled:
@@ -109,6 +103,8 @@ class PmapProgram(JitProgram):
     def __init__(self, run: RunSpec, devices: Sequence[Any]):
         super().__init__(run, devices)
         self._devices = list(self.mesh.devices.flat)
+        one_axis = Mesh(np.asarray(self._devices, dtype=object), ("data",), axis_types=(AxisType.Auto,))
+        self._by_device = NamedSharding(one_axis, PartitionSpec("data"))
         self._step = jax.pmap(
             functools.partial(train_step, run, axis_name="data"),
             axis_name="data",
@@ -121,7 +117,8 @@ class PmapProgram(JitProgram):
 
     def load(self, state: State) -> State:
         count = len(self._devices)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape)), state)
+        state = jax.tree.map(lambda leaf: np.broadcast_to(np.asarray(leaf)[None], (count, *leaf.shape)), state)
+        return jax.device_put(state, self._by_device)
 
     def unload(self, state: State) -> State:
         return jax.device_put(jax.tree.map(lambda leaf: leaf[0], state), self._shardings)
@@ -133,7 +130,7 @@ class PmapProgram(JitProgram):
             seeds, examples = leaf.shape[:2]
             return np.moveaxis(leaf.reshape(seeds, count, examples // count, *leaf.shape[2:]), 1, 0)
 
-        batch = {name: split(np.asarray(leaf)) for name, leaf in batch.items()}
+        batch = jax.device_put({name: split(np.asarray(leaf)) for name, leaf in batch.items()}, self._by_device)
         state, metrics = self._compiled_for("step", self._step, state, batch)(state, batch)
         return state, jax.tree.map(lambda leaf: leaf[0], metrics)
 

@@ -8,7 +8,7 @@ import pytest
 
 from mha_jax.data import datasets, tokenised
 from mha_jax.data.tokenised import local, open_tokens
-from mha_jax.specs import EOS, DataSpec, UserError
+from mha_jax.specs import EOS, UserError
 
 
 def test_texts_lie_end_to_end_and_each_ends_in_eos(parallel_spec, tmp_path):
@@ -66,12 +66,12 @@ def test_failed_preparation_leaves_nothing_that_looks_whole(parallel_spec, tmp_p
         assert list((tmp_path / "cache/tokens").iterdir()) == []
 
 
-def test_a_split_without_examples_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "text"
-    path.write_text("a\n\nb\n\nc\n\nd")
-    spec = DataSpec("text", length=2, batch_size=1, files={"train": str(path)}, max_examples=0)
+def test_a_split_without_examples_is_refused(text_spec, tmp_path, monkeypatch):
+    nothing = datasets.Split(source=[], decode=lambda record: record, rows=range(0))
+    monkeypatch.setattr(datasets, "open_corpus", lambda *_: datasets.Corpus("text", {"train": nothing}))
     with pytest.raises(UserError, match="train split has no examples"):
-        open_tokens(spec, "lm", tmp_path / "cache")
+        open_tokens(text_spec, "lm", tmp_path / "cache")
+    assert list((tmp_path / "cache/tokens").iterdir()) == []
 
 
 def _open(spec, cache, queue):

@@ -96,13 +96,13 @@ def test_a_dry_run_prices_every_cell_and_makes_nothing(script, tmp_path):
 def test_sigterm_saves_the_state_and_a_run_goes_on(script, long, tmp_path):
     workdir = tmp_path / "w"
     driver = start(long, workdir)
-    while training_cell(workdir, least=1) is None:
+    while (found := training_cell(workdir, least=1)) is None:
         assert driver.poll() is None, driver.communicate()[0]
         time.sleep(0.1)
+    stopped, _ = found
     driver.send_signal(signal.SIGTERM)
     out = driver.communicate(timeout=120)[0]
     assert driver.returncode == 75, out
-    stopped = SweepDirectory(workdir).runs[0]
     reached = stopped.status["step"]
     assert stopped.state == "stopped" and 0 < reached < 60
     assert Checkpoints(stopped.path / "checkpoints", keep_last=2).steps()[-1] == reached

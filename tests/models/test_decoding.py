@@ -125,6 +125,7 @@ def test_generate_stops_at_the_end_of_sequence_but_not_at_one_in_the_prompt(make
         assert (written[row, 3 + written[row, 3:].tolist().index(EOS) + 1 :] == PAD).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["MQA after Vaswani", "ragged"])
 def test_beam_of_one_is_greedy_over_the_whole_forward(make_run, shape):
     model = build(make_run("translation", **SHAPES[shape]))
@@ -160,6 +161,7 @@ def test_wide_beam_finds_the_best_of_all_translations(make_run, alpha, sharpness
         np.testing.assert_allclose(scores[row], score[best], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 3])
 def test_scores_are_those_of_the_returned_translations(make_run, seed):
     # Hypotheses change places in the beam: a cache that does not follow them gives other scores.
@@ -172,6 +174,7 @@ def test_scores_are_those_of_the_returned_translations(make_run, seed):
         np.testing.assert_allclose(scores[row], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_unended_translations_return_the_best_hypothesis(make_run):
     model = build(make_run("translation"))
     model.tokens.embedding[...] = model.tokens.embedding[...].at[EOS].set(0)
@@ -183,6 +186,7 @@ def test_unended_translations_return_the_best_hypothesis(make_run):
     assert any(EOS not in tokens[row].tolist() for row in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["MHA", "GQA with rope"])
 def test_a_batch_is_translated_as_its_sentences_one_by_one(make_run, shape):
     model = build(make_run("translation", **SHAPES[shape]))
@@ -212,6 +216,7 @@ def test_what_follows_the_end_is_padding_and_specials_are_never_written(translat
         assert set(row[len(body) + 1 :]) <= {PAD}
 
 
+@pytest.mark.slow
 def test_translators_of_several_seeds_search_as_one(make_run):
     models = [build(make_run("translation"), seed=seed) for seed in range(3)]
     graph, _ = nnx.split(models[0])

@@ -185,6 +185,7 @@ def test_dropout_of_an_example_does_not_depend_on_the_batch(make_run, task):
         np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_use_of_dropout_has_bits_of_its_own(make_run, monkeypatch):
     used = []
 
@@ -258,6 +259,7 @@ def test_positions_tell_the_order(make_run, positions):
     np.testing.assert_allclose(call(blind, TOKENS)[:, -1], call(blind, swapped)[:, -1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_parameter_is_trained(make_run):
     for task in ("lm", "translation", "classification"):
         model = with_noise(build(make_run(task)))

@@ -3,7 +3,7 @@ import io
 
 import pytest
 
-from mha_jax.reporting import formats, provenance, results, tables
+from mha_jax.reporting import claims, formats, provenance, results, tables
 
 DEFAULT, VASWANI = "configs/default.py", "configs/vaswani2017_table3.py:paper"
 
@@ -43,7 +43,7 @@ def test_missing_cells_are_listed_and_never_zero(found):
 def test_the_papers_numbers_stand_beside_ours(make_sweep):
     found = results.read(make_sweep(VASWANI, {0: [1.5, 1.6, 1.7], 6: [1.6, 1.7, 1.81]}, bleu=True).path)
     text = tables.make(found).rows[1].text
-    assert (text["cell"], text["d_k"], text["d_v"]) == ("(B) d_k=16", "16", "64")
+    assert (text["cell"], text["d_k"], text["d_v"]) == ("(B) d_k/4", "16", "64")
     assert (text["paper perplexity"], text["paper BLEU"], text["paper params"]) == ("5.16", "25.1", "58M")
 
 
@@ -60,9 +60,11 @@ def test_one_seed_shows_no_interval(make_sweep, tmp_path):
 
 
 def test_markdown_has_one_line_a_cell_and_the_provenance(found):
-    text = formats.markdown(tables.make(found), provenance.caption(found))
+    verdict = claims.Verdict("8 beat 1.", "undecided", None, "1 common seed: no interval.")
+    text = formats.markdown(tables.make(found), [verdict], provenance.caption(found))
     lines = text.splitlines()
     assert len({len(line) for line in lines if line.startswith("|")}) == 1  # aligned
+    assert "- claim **undecided**: 8 beat 1. 1 common seed: no interval." in text
     assert "| **h=8** " in text and "- missing: h=2: queued" in text
     assert "c0ffee00c0ffee" in text and "ab" * 32 in text and "0, 1, 2 (n = 3)" in text
 

@@ -130,6 +130,7 @@ def test_a_run_writes_the_metrics_that_the_report_reads(tmp_path):
     assert json.dumps(facts)
 
 
+@pytest.mark.slow
 def test_the_final_evaluation_is_of_the_averaged_checkpoints(tmp_path):
     plain, averaged = (text_config(tmp_path, training__average_last=n) for n in (1, 2))
     train(tmp_path, "plain", plain)
@@ -150,6 +151,7 @@ def test_the_final_evaluation_is_of_the_averaged_checkpoints(tmp_path):
     jax.tree.map(np.testing.assert_allclose, loop.average([a, b]), expected)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_seed_and_layer(tmp_path):
     config = text_config(
         tmp_path, optimizer__learning_rate=1e30, optimizer__schedule="constant", optimizer__warmup_steps=0

@@ -1,5 +1,7 @@
 """The pure step: it learns, its loss is the textbook's, and a broken step changes nothing and is named."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +24,14 @@ def test_token_losses_are_cross_entropies_with_the_smoothed_target():
     np.testing.assert_allclose(nll, -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["lm", "translation", "classification"])
+@pytest.mark.parametrize(
+    "task", ["lm", *(pytest.param(t, marks=pytest.mark.slow) for t in ("translation", "classification"))]
+)
 def test_a_tiny_model_memorises_one_batch(task):
     spec = tiny.run(task, optimizer__learning_rate=2e-2, optimizer__schedule="constant", model__d_ff=40)
     batch = tiny.batches(spec, 1)[0]
     state, losses = init_state(spec), []
-    step = jax.jit(lambda state, batch: train_step(spec, state, batch))
+    step = jax.jit(functools.partial(train_step, spec))
     for _ in range(120):
         state, metrics = step(state, batch)
         losses.append(np.asarray(metrics["loss"]))
@@ -40,7 +44,8 @@ def test_positions_of_weight_0_do_not_count():
     hidden = batch["weights"] == 0
     assert hidden.any()
     other = {**batch, "targets": np.where(hidden, 5, batch["targets"])}
-    a, b = (train_step(spec, init_state(spec), each) for each in (batch, other))
+    step, state = jax.jit(functools.partial(train_step, spec)), init_state(spec)
+    a, b = (step(state, each) for each in (batch, other))
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a[0]["params"], b[0]["params"]))
     np.testing.assert_array_equal(a[1]["loss"], b[1]["loss"])
 
@@ -51,7 +56,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
     kernel = state["params"]["decoder"]["blocks"][1]["feed_forward"]["up"]["kernel"]
     state["params"]["decoder"]["blocks"][1]["feed_forward"]["up"]["kernel"] = kernel.at[1].set(3e38)
     batch = tiny.batches(spec, 1)[0]
-    after, metrics = train_step(spec, state, batch)
+    after, metrics = jax.jit(functools.partial(train_step, spec))(state, batch)
     assert metrics["good"].tolist() == [True, False]
     same = jax.tree.map(lambda a, b: [bool((a[i] == b[i]).all()) for i in (0, 1)], after["params"], state["params"])
     kernels = jax.tree.leaves(same, is_leaf=lambda x: isinstance(x, list))
