@@ -73,7 +73,7 @@ def get_config(profile: str = "") -> ConfigDict:
     optimizer.name = "adamw"
     optimizer.learning_rate = 2e-3
     optimizer.schedule = "cosine"
-    optimizer.warmup_steps = 50
+    optimizer.warmup_steps = 20
     optimizer.final_fraction = 0.1
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.98
@@ -82,7 +82,7 @@ def get_config(profile: str = "") -> ConfigDict:
     optimizer.clip_norm = placeholder(float)
 
     config.training = training = ConfigDict()
-    training.steps = 300
+    training.steps = 200
     training.eval_every = 100
     training.checkpoint_every = 100
     training.log_every = 10
