@@ -38,6 +38,7 @@ def test_a_tiny_model_memorises_one_batch(task):
     assert (losses[-1] < 0.25 * losses[0]).all(), (losses[0], losses[-1])
 
 
+@pytest.mark.slow
 def test_positions_of_weight_0_do_not_count():
     spec = tiny.run("translation", seeds=(0,))
     batch = tiny.batches(spec, 1)[0]
@@ -50,6 +51,7 @@ def test_positions_of_weight_0_do_not_count():
     np.testing.assert_array_equal(a[1]["loss"], b[1]["loss"])
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
     spec = tiny.run("lm", seeds=(0, 1))
     state = init_state(spec)
