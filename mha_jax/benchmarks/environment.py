@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": jax.devices()[0].device_kind,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": found,
         "commit": commit(),
     }
