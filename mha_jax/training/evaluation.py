@@ -11,6 +11,7 @@ import numpy as np
 from mha_jax.data import Data
 from mha_jax.models.decoding import translate
 from mha_jax.specs import RunSpec
+from mha_jax.training.losses import Batch
 from mha_jax.training.metrics import bleu, perplexity
 from mha_jax.training.parallel import JitProgram
 from mha_jax.training.step import merge
@@ -34,27 +35,30 @@ def evaluate(program: JitProgram, params: Any, constants: Any, data: Data, split
     return result
 
 
-def translations(run: RunSpec, params: Any, constants: Any, data: Data, split: str) -> list[list[str]]:
+def translations(program: JitProgram, params: Any, constants: Any, data: Data, split: str) -> list[list[str]]:
     """The split translated by every seed's model with beam search: R lists of sentences in the split's order."""
-    decoding = run.decoding
+    run, decoding = program.run, program.run.decoding
 
-    def one(params: Any, constants: Any, source: jax.Array, lengths: jax.Array) -> jax.Array:
+    def one(params: Any, constants: Any, batch: Batch) -> jax.Array:
         tokens, _ = translate(
             merge(run, params, constants),
-            source,
-            lengths,
+            batch["source"],
+            batch["lengths"],
             max_length=run.data.length,
             beam_size=decoding.beam_size,
             length_penalty=decoding.length_penalty,
         )
         return tokens
 
-    search = jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))
+    search = jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
     total = len(data.references(split))
     wanted = min(total, decoding.max_sentences or total)
     outputs: list[list[str]] = [[""] * wanted for _ in run.seeds]
     for source, lengths, index in _decoding_batches(run, data, split, wanted):
-        tokens = np.asarray(search(params, constants, source, lengths))
+        batch = {"source": source, "lengths": lengths}
+        tokens = np.asarray(
+            program.compiled_for("translate", search, params, constants, batch)(params, constants, batch)
+        )
         for seed, seed_tokens in enumerate(tokens):
             for row, position in enumerate(index):
                 if position >= 0:
@@ -84,10 +88,10 @@ def _decoding_batches(
 
 
 def evaluate_bleu(
-    run: RunSpec, params: Any, constants: Any, data: Data, split: str
+    program: JitProgram, params: Any, constants: Any, data: Data, split: str
 ) -> tuple[dict[str, np.ndarray], str, list[list[str]]]:
     """Corpus BLEU of every seed on a split, sacreBLEU's signature, and the sentences."""
-    sentences = translations(run, params, constants, data, split)
+    sentences = translations(program, params, constants, data, split)
     references = data.references(split)[: len(sentences[0])]
     scored = [bleu(hypotheses, references) for hypotheses in sentences]
     return {"bleu": np.asarray([score for score, _ in scored])}, scored[0][1], sentences

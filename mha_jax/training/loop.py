@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mha_jax.config import config_hash
 from mha_jax.data import load
 from mha_jax.models import cost
-from mha_jax.specs import RunSpec
+from mha_jax.specs import RunSpec, UserError
 from mha_jax.training.checkpoints import Checkpoints
 from mha_jax.training.clock import Clock
 from mha_jax.training.diagnosis import first_non_finite
@@ -82,6 +82,11 @@ class _Training:
             with self.clock("compile"):
                 state = self.program.init()
             return 0, state
+        if restored.metadata["config_hash"] != self.config_hash:
+            raise UserError(
+                f"{self.checkpoints.directory} holds checkpoints of config {restored.metadata['config_hash']}; "
+                f"this run is {self.config_hash}: use another directory"
+            )
         # The rows of the last step itself are those of `finish`, which runs again.
         self.log.rewind(restored.step, keep_evaluations=restored.step < self.run.training.steps)
         self.window = Window.from_dict(restored.metadata["window"])
@@ -175,7 +180,9 @@ class _Training:
             for split in self.data.splits:
                 values = evaluate(self.program, params, state["constants"], self.data, split)
                 if run.task == "translation":
-                    scores, signature, sentences = evaluate_bleu(run, params, state["constants"], self.data, split)
+                    scores, signature, sentences = evaluate_bleu(
+                        self.program, params, state["constants"], self.data, split
+                    )
                     values |= scores
                     self._write_translations(split, sentences)
                     self.report({"bleu_signature": signature})

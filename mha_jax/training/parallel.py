@@ -80,13 +80,14 @@ class JitProgram:
 
     def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         batch = jax.device_put(batch, self._batch_sharding)
-        return self._compiled_for("step", self._step, state, batch)(state, batch)
+        return self.compiled_for("step", self._step, state, batch)(state, batch)
 
     def evaluate(self, params: Any, constants: Any, batch: Batch) -> dict[str, jax.Array]:
         batch = jax.device_put(batch, self._eval_sharding)
-        return self._compiled_for("evaluate", self._evaluate, params, constants, batch)(params, constants, batch)
+        return self.compiled_for("evaluate", self._evaluate, params, constants, batch)(params, constants, batch)
 
-    def _compiled_for(self, name: str, function: Any, *args: Any) -> Any:
+    def compiled_for(self, name: str, function: Any, *args: Any) -> Any:
+        """The function compiled for these arguments, the last a batch; once a name and shape, and on the clock."""
         key = (name, tuple(sorted((k, v.shape) for k, v in args[-1].items())))
         if key not in self._compiled:
             start = time.perf_counter()
@@ -131,7 +132,7 @@ class PmapProgram(JitProgram):
             return np.moveaxis(leaf.reshape(seeds, count, examples // count, *leaf.shape[2:]), 1, 0)
 
         batch = jax.device_put({name: split(np.asarray(leaf)) for name, leaf in batch.items()}, self._by_device)
-        state, metrics = self._compiled_for("step", self._step, state, batch)(state, batch)
+        state, metrics = self.compiled_for("step", self._step, state, batch)(state, batch)
         return state, jax.tree.map(lambda leaf: leaf[0], metrics)
 
 

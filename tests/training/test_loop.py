@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 
 from mha_jax import config as configs
+from mha_jax.specs import UserError
 from mha_jax.training import loop
 from mha_jax.training.checkpoints import Checkpoints
 from mha_jax.training.metrics import read_metrics
@@ -158,3 +159,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_seed_and_layer(tmp_pa
     )
     with pytest.raises(loop.NonFiniteLoss, match=r"not finite at step 2, seed 0; first seen in .*decoder layer 0"):
         train(tmp_path, "run", config)
+
+
+@pytest.mark.slow
+def test_a_translator_is_scored_on_every_split_in_its_order(tmp_path):
+    words = {"a": "w", "b": "x", "c": "y", "d": "z"}
+    pairs = [(f"{a} {b}", f"{words[b]} {words[a]} {words[b]} {words[a]}") for a in words for b in words] * 4
+    files = {}
+    for split in ("train", "validation", "test"):
+        files[split] = tuple(str(tmp_path / f"{split}.{side}") for side in ("en", "de"))
+        for side, path in enumerate(files[split]):
+            (tmp_path / path).write_text(
+                "".join(pair[side] + "\n" for pair in (pairs if split == "train" else pairs[:11]))
+            )
+    widths = {f"data__files__{split}": paths for split, paths in files.items()} | {
+        "mesh__data": 1,
+        "decoding__batch_size": 4,
+    }
+    config = tiny.config(
+        "translation", (0,), **widths, training__steps=250, training__eval_every=250, training__checkpoint_every=250,
+        model__d_model=24, model__d_ff=48, model__v_dim=6, model__qk_dim=6, optimizer__learning_rate=1e-2,
+    )  # fmt: skip
+    outcome, facts = train(tmp_path, "run", config)
+    scores = {
+        r["split"]: r["value"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")[0] if r["name"] == "bleu"
+    }
+    written = (tmp_path / "run" / "translations" / "test.seed0.txt").read_text().splitlines()
+    assert outcome == "done" and set(scores) == {"validation", "test"}
+    assert facts["bleu_signature"].startswith("nrefs:1")
+    # Learned by heart, so that a line out of order shows.
+    assert written == [target for _, target in pairs[:11]]
+    assert scores["test"] == pytest.approx(100)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_another_config_are_refused(tmp_path):
+    train(tmp_path, "run", text_config(tmp_path), stop_at=3)
+    with pytest.raises(UserError, match="holds checkpoints of config"):
+        train(tmp_path, "run", text_config(tmp_path, optimizer__learning_rate=1e-4))
