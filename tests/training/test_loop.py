@@ -110,6 +110,7 @@ def test_train_200_equals_train_80_kill_9_and_train_to_200(tmp_path):
     assert_same(result(tmp_path / "whole", config), result(tmp_path / "killed", config))
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_metrics_that_the_report_reads(tmp_path):
     config = text_config(tmp_path, training__average_last=2)
     outcome, facts = train(tmp_path, "run", config)

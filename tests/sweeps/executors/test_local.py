@@ -109,6 +109,7 @@ def test_what_the_user_must_mend_is_not_tried_again(cells, cell_command):
     assert trace(directory) == ["wrong from 0"]
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_driver_stops_the_cells_with_their_state(cells, cell_command, drive):
     directories = cells("slow", "a")
     driver = drive(directories)
@@ -121,6 +122,7 @@ def test_sigterm_to_the_driver_stops_the_cells_with_their_state(cells, cell_comm
     assert trace(directories[0]) == ["slow from 0", f"slow from {reached}", "a from 0"]
 
 
+@pytest.mark.slow
 def test_cells_of_a_driver_that_is_killed_stop_and_are_continued(cells, cell_command, drive):
     (directory,) = cells("slow")
     driver = drive([directory])
@@ -133,6 +135,7 @@ def test_cells_of_a_driver_that_is_killed_stop_and_are_continued(cells, cell_com
     assert directory.status["attempts"] == 2
 
 
+@pytest.mark.slow
 def test_two_drivers_share_the_cells_and_run_none_twice(cells, drive):
     directories = cells("slow", "a", "b", "c")
     drivers = [drive(directories), drive(directories)]
@@ -140,6 +143,7 @@ def test_two_drivers_share_the_cells_and_run_none_twice(cells, drive):
     assert sorted(trace(directories[0])) == ["a from 0", "b from 0", "c from 0", "slow from 0"]
 
 
+@pytest.mark.slow
 def test_a_driver_takes_over_what_another_leaves(cells, cell_command, drive):
     (directory,) = cells("slow")
     first = drive([directory])
