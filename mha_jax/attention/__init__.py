@@ -1,7 +1,18 @@
 """Attention whose heads are an axis, and whose visibility is a rule."""
 
-from mha_jax.attention.attend import BACKENDS, attend, choose_backend
+from mha_jax.attention.attend import BACKENDS, attend, noting_backends
 from mha_jax.attention.multihead import Gate, MultiHeadAttention
+from mha_jax.attention.patterns import (
+    BigBird,
+    BlockDiagonal,
+    EveryNth,
+    Fixed,
+    LogSparse,
+    PrefixLM,
+    RandomBlocks,
+    Strided,
+    Summary,
+)
 from mha_jax.attention.visibility import (
     Causal,
     Dense,
@@ -16,17 +27,26 @@ from mha_jax.attention.visibility import (
 
 __all__ = [
     "BACKENDS",
+    "BigBird",
+    "BlockDiagonal",
     "Causal",
     "Dense",
+    "EveryNth",
+    "Fixed",
     "Full",
     "Gate",
     "Global",
+    "LogSparse",
     "MultiHeadAttention",
     "Padding",
     "PerHead",
+    "PrefixLM",
+    "RandomBlocks",
     "Rule",
     "Segments",
     "SlidingWindow",
+    "Strided",
+    "Summary",
     "attend",
-    "choose_backend",
+    "noting_backends",
 ]

@@ -1,15 +1,26 @@
 """One entry to attention: checks what it is given, picks a backend, and says which."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mha_jax.attention.backends import einsum
+from mha_jax.attention.backends import blockwise, einsum
+from mha_jax.attention.backends.call import Call
 from mha_jax.attention.dropout import keys_per_example
+from mha_jax.attention.regions import Span
 from mha_jax.attention.visibility import Full, Rule
 from mha_jax.specs import HeadShape, UserError
 
-BACKENDS = {"einsum": einsum.attend}
+BACKENDS = {"einsum": einsum, "blockwise": blockwise}
+# What "auto" asks in turn; `blockwise` serves every call.
+_PREFERRED = {"gpu": ("blockwise",), "tpu": ("blockwise",)}
+# Squares up to so many places are quicker held whole than visited tile by tile.
+_SMALL_SQUARE = 128 * 128
 
 
 def attend(
@@ -46,35 +57,106 @@ def attend(
     Raises: UserError for shapes that do not fit, G that does not divide H without a map, dropout without a key.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    _check_arrays(q, k, v)
-    (batch, queries, heads, qk_dim), keys = q.shape, k.shape[1]
-    groups = _groups(heads, k.shape[2], head_to_group)
-    _check_rule(visibility, batch, heads, queries, keys)
-    if not 0 <= dropout_rate < 1:
-        raise UserError(f"dropout_rate={dropout_rate!r} must be at least 0 and below 1")
+    call = check_call(q, k, v, visibility, head_to_group, dropout_rate)
     if dropout_rate > 0 and dropout_key is None:
         raise UserError(f"dropout_rate={dropout_rate!r} needs a dropout_key")
-    dropout_keys = keys_per_example(dropout_key, batch) if dropout_rate > 0 and dropout_key is not None else None
-    return BACKENDS[choose_backend(backend)](
+    dropout_keys = keys_per_example(dropout_key, call.batch) if dropout_rate > 0 and dropout_key is not None else None
+    chosen = choose_backend(backend, call)
+    _note(call, chosen)
+    o = BACKENDS[chosen.name].attend(
         q,
         k,
         v,
         rule=visibility,
-        gate=None if gate is None else broadcast_gate(gate, batch, queries, heads),
-        dropout_rate=dropout_rate,
+        dropout_rate=call.dropout_rate,
         dropout_keys=dropout_keys,
-        scale=qk_dim**-0.5 if scale is None else scale,
-        groups=groups,
+        scale=call.qk_dim**-0.5 if scale is None else scale,
+        groups=call.groups,
     )
+    if gate is None:
+        return o
+    wide = jnp.promote_types(o.dtype, jnp.float32)
+    factor = broadcast_gate(gate, call.batch, call.queries, call.heads)
+    return (o * factor[..., None].astype(wide)).astype(o.dtype)
 
 
-def choose_backend(name: str) -> str:
-    """The backend that `name` stands for. Raises UserError for one that does not exist."""
-    if name == "auto":
-        return "einsum"
-    if name not in BACKENDS:
+def check_call(
+    q: Array,
+    k: Array,
+    v: Array,
+    visibility: Rule,
+    head_to_group: tuple[int, ...] | None = None,
+    dropout_rate: float = 0.0,
+) -> Call:
+    """What these arguments ask for. Raises: UserError for what does not fit, in the letters of `attend`."""
+    _check_arrays(q, k, v)
+    (batch, queries, heads, qk_dim), (keys, num_groups) = q.shape, k.shape[1:3]
+    groups = _groups(heads, num_groups, head_to_group)
+    _check_rule(visibility, batch, heads, queries, keys)
+    if not 0 <= dropout_rate < 1:
+        raise UserError(f"dropout_rate={dropout_rate!r} must be at least 0 and below 1")
+    rate = float(dropout_rate)
+    return Call(batch, queries, keys, heads, groups, num_groups, qk_dim, v.shape[3], q.dtype, visibility, rate)
+
+
+class Choice(NamedTuple):
+    """The backend taken, and what those said that would have come first: {name: refusal}."""
+
+    name: str
+    refused: dict[str, str]
+
+
+def check_backend(name: str) -> None:
+    """Raises UserError for a backend that does not exist."""
+    if name != "auto" and name not in BACKENDS:
         raise UserError(f"backend={name!r} is not one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
-    return name
+
+
+def choose_backend(name: str, call: Call) -> Choice:
+    """The backend that serves a call: the one that is named, or with "auto" the quickest that does not refuse it.
+
+    Raises: UserError where the one that is named does not exist, or refuses; it says which limit and what would do.
+    """
+    check_backend(name)
+    if name != "auto":
+        reason = BACKENDS[name].refusal(call)
+        if reason is not None:
+            raise UserError(f"backend={name!r} cannot serve this attention: {reason}")
+        return Choice(name, {})
+    if call.queries * call.keys <= _SMALL_SQUARE:
+        return Choice("einsum", {})
+    refused: dict[str, str] = {}
+    for candidate in _PREFERRED.get(jax.default_backend(), ("blockwise",)):
+        reason = BACKENDS[candidate].refusal(call)
+        if reason is None:
+            return Choice(candidate, refused)
+        refused[candidate] = reason
+    raise AssertionError("blockwise serves every call")
+
+
+_notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)
+
+
+@contextlib.contextmanager
+def noting_backends() -> Iterator[list[str]]:
+    """Collects one line for every kind of attention that is traced inside: its sizes, its backend, what refused it."""
+    lines: list[str] = []
+    token = _notes.set(lines)
+    try:
+        yield lines
+    finally:
+        _notes.reset(token)
+
+
+def _note(call: Call, chosen: Choice) -> None:
+    lines = _notes.get()
+    if lines is None:
+        return
+    refusals = "".join(f"; {name}: {reason}" for name, reason in chosen.refused.items())
+    heads = f"H={call.heads} G={call.num_groups} K={call.qk_dim} V={call.v_dim}"
+    line = f"T={call.queries} S={call.keys} {heads} {call.dtype}: {chosen.name}{refusals}"
+    if line not in lines:
+        lines.append(line)
 
 
 def broadcast_gate(gate: Array, batch: int, queries: int, heads: int) -> Float[Array, "b t H"]:
@@ -116,7 +198,8 @@ def _groups(heads: int, num_groups: int, head_to_group: tuple[int, ...] | None) 
 def _check_rule(rule: Rule, batch: int, heads: int, queries: int, keys: int) -> None:
     if not isinstance(rule, Rule):
         raise UserError(f"visibility={rule!r} is not a rule; an array goes in as Dense(array)")
-    shape = jax.eval_shape(lambda: rule.mask(queries, keys)).shape
+    rule.check(queries, keys)
+    shape = jax.eval_shape(lambda: rule.at(None, None, Span(0, queries), Span(0, keys))).shape
     for letter, size, given in (("B", batch, shape[0]), ("H", heads, shape[1])):
         if given not in (1, size):
             raise UserError(f"visibility is for {letter}={given}; q has {letter}={size}")

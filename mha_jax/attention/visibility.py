@@ -1,262 +1,224 @@
-"""Which keys a query may see, as small values that compose: `Causal() & (SlidingWindow(256) | Global(16))`.
+"""The rules of visibility that others are composed of; `patterns.py` has those that papers publish."""
 
-A rule is a frozen pytree: its arrays are leaves, its integers static, so it passes through jit, grad and vmap. In all
-rules t is a query position and s a key position, both counted from 0. True means visible.
-"""
-
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
+from mha_jax.attention.regions import Bounds, Rectangles, Span, multiple_within
+from mha_jax.attention.rule import And, Not, Or, PerHead, Rule, integer, places, rule_type
 from mha_jax.specs import UserError
 
-
-class Rule:
-    """Base of all rules: `mask` spells a rule out, `&`, `|` and `~` compose rules."""
-
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "#B #H T S"]:
-        """What is visible; the first two axes are 1 where the rule does not vary along them."""
-        raise NotImplementedError
-
-    @property
-    def sees_self(self) -> bool:
-        """True where every t surely sees s = t. Then, at T = S, no row is empty and no key is hidden from all."""
-        return False
-
-    def __and__(self, other: "Rule") -> "Rule":
-        return And(self, other)
-
-    def __or__(self, other: "Rule") -> "Rule":
-        return Or(self, other)
-
-    def __invert__(self) -> "Rule":
-        return Not(self)
+__all__ = [
+    "And", "Causal", "Dense", "Full", "Global", "Not", "Or", "Padding", "PerHead", "Rule", "Segments", "SlidingWindow"
+]  # fmt: skip
 
 
-def _rule(*static: str) -> Any:
-    """Makes a class a frozen dataclass and a pytree whose fields are leaves, but for those named."""
-
-    def decorate(cls: type) -> type:
-        cls = dataclasses.dataclass(frozen=True)(cls)
-        data = [field.name for field in dataclasses.fields(cls) if field.name not in static]
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
-
-    return decorate
-
-
-def _integer(name: str, value: Any, least: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        wanted = "an integer" if least is None else f"an integer of at least {least}"
-        raise UserError(f"{name}={value!r} must be {wanted}")
-
-
-def _positions(query_length: int, key_length: int) -> tuple[Array, Array]:
-    return jnp.arange(query_length)[None, None, :, None], jnp.arange(key_length)[None, None, None, :]
-
-
-def _spread(mask: Array, query_length: int, key_length: int) -> Array:
-    return jnp.broadcast_to(mask, (*mask.shape[:2], query_length, key_length))
-
-
-@_rule()
+@rule_type()
 class Full(Rule):
     """Every query sees every key."""
 
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "1 1 T S"]:
-        return jnp.ones((1, 1, query_length, key_length), bool)
+    def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 1 1"]:
+        return jnp.ones((1, 1, 1, 1), bool)
+
+    def bounds(self, where: Rectangles) -> Bounds:
+        return where.bounds(True, True)
 
     @property
     def sees_self(self) -> bool:
         return True
 
 
-@_rule("offset")
+@rule_type("offset")
 class Causal(Rule):
     """s <= t + offset."""
 
     offset: int = 0
 
     def __post_init__(self) -> None:
-        _integer("Causal offset", self.offset)
+        integer("Causal offset", self.offset)
 
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "1 1 T S"]:
-        t, s = _positions(query_length, key_length)
-        return s <= t + self.offset
+    def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t s"]:
+        query, key = places(t, s)
+        return key <= query + self.offset
+
+    def bounds(self, where: Rectangles) -> Bounds:
+        least, most = where.offsets
+        return where.bounds(least <= self.offset, most <= self.offset)
 
     @property
     def sees_self(self) -> bool:
         return self.offset >= 0
 
 
-@_rule("window")
+@rule_type("window", "dilation")
 class SlidingWindow(Rule):
-    """|t - s| < window; with `Causal()` the last `window` keys, self included."""
+    """|t - s| < window; with `Causal()` the last `window` keys, self included.
+
+    With a dilation r only every r-th of them, counted from t, and the window r times as wide: as many keys, further
+    apart (Beltagy et al. 2020, section 3.1).
+    """
 
     window: int
+    dilation: int = 1
 
     def __post_init__(self) -> None:
-        _integer("SlidingWindow window", self.window, least=1)
+        integer("SlidingWindow window", self.window, least=1)
+        integer("SlidingWindow dilation", self.dilation, least=1)
 
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "1 1 T S"]:
-        t, s = _positions(query_length, key_length)
-        return abs(t - s) < self.window
+    def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t s"]:
+        query, key = places(t, s)
+        near = abs(query - key) < self.window * self.dilation
+        return near if self.dilation == 1 else near & ((query - key) % self.dilation == 0)
+
+    def bounds(self, where: Rectangles) -> Bounds:
+        reach = (self.window - 1) * self.dilation
+        least, most = where.offsets
+        some = multiple_within(np.maximum(least, -reach), np.minimum(most, reach), self.dilation)
+        within = (least >= -reach) & (most <= reach) & (self.dilation == 1)
+        return where.bounds(some, within | (some & (least == most)))
 
     @property
     def sees_self(self) -> bool:
         return True
 
 
-@_rule("count")
+@rule_type("count")
 class Global(Rule):
     """The first `count` positions see all and are seen by all."""
 
     count: int
 
     def __post_init__(self) -> None:
-        _integer("Global count", self.count, least=0)
+        integer("Global count", self.count, least=0)
 
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "1 1 T S"]:
-        t, s = _positions(query_length, key_length)
-        return (t < self.count) | (s < self.count)
+    def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t s"]:
+        query, key = places(t, s)
+        return (query < self.count) | (key < self.count)
+
+    def bounds(self, where: Rectangles) -> Bounds:
+        some = (where.first_t < self.count) | (where.first_s < self.count)
+        return where.bounds(some, (where.last_t < self.count) | (where.last_s < self.count))
 
 
-@_rule()
+@rule_type()
 class Padding(Rule):
     """s < lengths[b]: hides keys, never queries. `lengths` [B] integers."""
 
     lengths: Any
 
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "B 1 T S"]:
+    def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "b 1 1 s"]:
         lengths = _integers("Padding lengths", self.lengths, "[B]", 1)
-        _, s = _positions(query_length, key_length)
-        return _spread(s < lengths[:, None, None, None], query_length, key_length)
+        lengths = lengths if b is None else b.of(lengths, 0)
+        return s.index[None, None, None, :] < lengths[:, None, None, None]
+
+    def bounds(self, where: Rectangles) -> Bounds:
+        lengths = known(self.lengths)
+        if lengths is None or not lengths.size:
+            return where.unknown()
+        return where.bounds(where.first_s < lengths.max(), where.last_s < lengths.min())
 
 
-@_rule()
+@rule_type()
 class Segments(Rule):
     """query_ids[b,t] = key_ids[b,s]; `key_ids` [B, S] are `query_ids` [B, T] where left out."""
 
     query_ids: Any
     key_ids: Any = None
 
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "B 1 T S"]:
+    def _ids(self) -> tuple[Array, Array]:
         query_ids = _integers("Segments query_ids", self.query_ids, "[B, T]", 2)
-        key_ids = query_ids if self.key_ids is None else _integers("Segments key_ids", self.key_ids, "[B, S]", 2)
+        if self.key_ids is None:
+            return query_ids, query_ids
+        return query_ids, _integers("Segments key_ids", self.key_ids, "[B, S]", 2)
+
+    def check(self, query_length: int, key_length: int) -> None:
+        query_ids, key_ids = self._ids()
         for name, ids, length, letter in (("query", query_ids, query_length, "T"), ("key", key_ids, key_length, "S")):
             if ids.shape[1] != length:
                 raise UserError(f"Segments {name} ids have {ids.shape[1]} positions; {letter}={length}")
         if query_ids.shape[0] != key_ids.shape[0]:
             raise UserError(f"Segments has {query_ids.shape[0]} rows of query ids and {key_ids.shape[0]} of key ids")
-        return query_ids[:, None, :, None] == key_ids[:, None, None, :]
+
+    def padded(self, query_length: int, key_length: int) -> Rule:
+        query_ids, key_ids = self._ids()
+        return Segments(_lengthen(query_ids, 1, query_length), _lengthen(key_ids, 1, key_length))
+
+    def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "b 1 t s"]:
+        query_ids, key_ids = (ids if b is None else b.of(ids, 0) for ids in self._ids())
+        return t.of(query_ids, 1)[:, None, :, None] == s.of(key_ids, 1)[:, None, None, :]
 
     @property
     def sees_self(self) -> bool:
         return self.key_ids is None
 
 
-@_rule()
+@rule_type()
 class Dense(Rule):
     """A boolean array that broadcasts to [B, H, T, S], as an array of fewer axes does from the right."""
 
     array: Any
 
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "#B #H T S"]:
+    def _mask(self) -> Array:
         array = jnp.asarray(self.array)
         if array.dtype != bool:
             raise UserError(f"Dense mask is of {array.dtype}; it must be boolean, True where a key is visible")
-        lengths = ((1,) * 4 + array.shape)[-2:]
-        if array.ndim > 4 or lengths[0] not in (1, query_length) or lengths[1] not in (1, key_length):
+        return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+    def check(self, query_length: int, key_length: int) -> None:
+        shape = self._mask().shape
+        if len(shape) > 4 or shape[-2] not in (1, query_length) or shape[-1] not in (1, key_length):
             raise UserError(
-                f"Dense mask of shape {array.shape} does not broadcast to [B, H, T={query_length}, S={key_length}]"
+                f"Dense mask of shape {jnp.shape(self.array)} does not broadcast to "
+                f"[B, H, T={query_length}, S={key_length}]"
             )
-        return _spread(array.reshape((1,) * (4 - array.ndim) + array.shape), query_length, key_length)
+
+    def padded(self, query_length: int, key_length: int) -> Rule:
+        mask = self._mask()
+        for axis, length in ((2, query_length), (3, key_length)):
+            mask = mask if mask.shape[axis] == 1 else _lengthen(mask, axis, length)
+        return Dense(mask)
+
+    def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "#b #h #t #s"]:
+        mask = self._mask()
+        for axis, span in enumerate((b, h, t, s)):
+            mask = mask if span is None else span.of(mask, axis)
+        return mask
+
+    def bounds(self, where: Rectangles) -> Bounds:
+        mask = known(self.array)
+        if mask is None or mask.ndim > 4 or mask.size > _MOST_KNOWN:
+            return where.unknown()
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        found = [_filled(any_or_all(mask, axis=0), where) for any_or_all in (np.any, np.all)]
+        return Bounds(found[0] > 0, found[1] == 1)
 
 
-@dataclasses.dataclass(frozen=True, init=False)
-class PerHead(Rule):
-    """One rule a head: `PerHead(Causal(), Causal() & SlidingWindow(64))` for H = 2."""
-
-    rules: tuple[Any, ...]
-
-    def __init__(self, *rules: Any) -> None:
-        object.__setattr__(self, "rules", rules)
-
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "#B H T S"]:
-        masks = [rule.mask(query_length, key_length) for rule in self.rules]
-        for head, mask in enumerate(masks):
-            if mask.shape[1] != 1:
-                raise UserError(f"PerHead rule {head} tells {mask.shape[1]} heads apart; it must be a rule for one")
-        batch = _common("PerHead", 0, masks)
-        masks = [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in masks]
-        return jnp.concatenate([jnp.ones((batch, 0, query_length, key_length), bool), *masks], axis=1)
-
-    @property
-    def sees_self(self) -> bool:
-        return all(rule.sees_self for rule in self.rules)
+_MOST_KNOWN = 2**26  # numbers of a mask that are worth looking through before anything runs
 
 
-jax.tree_util.register_pytree_node(PerHead, lambda rule: (rule.rules, None), lambda _, rules: PerHead(*rules))
+def known(array: Any) -> np.ndarray | None:
+    """The array's values, or None while it is traced."""
+    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
 
 
-@_rule()
-class And(Rule):
-    """Visible where both rules say so."""
-
-    left: Any
-    right: Any
-
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "#B #H T S"]:
-        masks = _matching("&", self, query_length, key_length)
-        return masks[0] & masks[1]
-
-    @property
-    def sees_self(self) -> bool:
-        return self.left.sees_self and self.right.sees_self
+def _filled(mask_hts: np.ndarray, where: Rectangles) -> np.ndarray:
+    """The visible share of each rectangle, [h, *shape], from sums over all corners at the origin."""
+    heads, rows, columns = mask_hts.shape
+    sums = np.zeros((heads, rows + 1, columns + 1), np.int64)
+    sums[:, 1:, 1:] = mask_hts.cumsum(1, dtype=np.int64).cumsum(2)
+    t0, t1 = (where.first_t, where.last_t + 1) if rows > 1 else (0 * where.first_t, 0 * where.last_t + 1)
+    s0, s1 = (where.first_s, where.last_s + 1) if columns > 1 else (0 * where.first_s, 0 * where.last_s + 1)
+    count = sums[:, t1, s1] - sums[:, t0, s1] - sums[:, t1, s0] + sums[:, t0, s0]
+    return count / ((t1 - t0) * (s1 - s0))
 
 
-@_rule()
-class Or(Rule):
-    """Visible where either rule says so."""
-
-    left: Any
-    right: Any
-
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "#B #H T S"]:
-        masks = _matching("|", self, query_length, key_length)
-        return masks[0] | masks[1]
-
-    @property
-    def sees_self(self) -> bool:
-        return self.left.sees_self or self.right.sees_self
-
-
-@_rule()
-class Not(Rule):
-    """Visible where the rule says not."""
-
-    rule: Any
-
-    def mask(self, query_length: int, key_length: int) -> Bool[Array, "#B #H T S"]:
-        return ~self.rule.mask(query_length, key_length)
-
-
-def _matching(sign: str, pair: And | Or, query_length: int, key_length: int) -> list[Array]:
-    masks = [rule.mask(query_length, key_length) for rule in (pair.left, pair.right)]
-    for axis in (0, 1):
-        _common(sign, axis, masks)
-    return masks
-
-
-def _common(name: str, axis: int, masks: list[Array]) -> int:
-    """The size along B or H that masks share, where 1 goes with any."""
-    sizes = {mask.shape[axis] for mask in masks} - {1}
-    if len(sizes) > 1:
-        what = ("examples", "heads")[axis]
-        raise UserError(f"rules joined by {name} are for different numbers of {what}: {sorted(sizes)}")
-    return sizes.pop() if sizes else 1
+def _lengthen(array: Array, axis: int, length: int) -> Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return jnp.pad(array, widths)
 
 
 def _integers(name: str, value: Any, letters: str, ndim: int) -> Array:

@@ -112,6 +112,9 @@ class _Report:
 def _set_up_jax(run: RunSpec, workdir: epath.Path) -> None:
     import jax
 
+    from mha_jax.training.devices import use_cores
+
+    use_cores(run)
     jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / ".cache" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

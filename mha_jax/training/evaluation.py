@@ -55,7 +55,7 @@ def translations(program: JitProgram, params: Any, constants: Any, data: Data, s
     wanted = min(total, decoding.max_sentences or total)
     outputs: list[list[str]] = [[""] * wanted for _ in run.seeds]
     for source, lengths, index in _decoding_batches(run, data, split, wanted):
-        batch = {"source": source, "lengths": lengths}
+        batch = program.spread({"source": source, "lengths": lengths})
         tokens = np.asarray(
             program.compiled_for("translate", search, params, constants, batch)(params, constants, batch)
         )

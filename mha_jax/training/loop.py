@@ -151,6 +151,7 @@ class _Training:
             "step": step,
             "seconds": {name: round(value, 3) for name, value in self.clock.seconds.items()},
             "predicted_peak_bytes": self.program.predicted_peak_bytes,
+            "attention": self.program.attention,
         }
 
     def evaluate(self, state: State, step: int) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mha_jax.attention import noting_backends
 from mha_jax.specs import RunSpec
 from mha_jax.training.losses import Batch
 from mha_jax.training.step import State, evaluate_step, init_state, peak_bytes, train_step
@@ -52,6 +53,7 @@ class JitProgram:
         self.run, self.mesh = run, make_mesh(run, devices)
         self.compile_seconds = 0.0
         self.predicted_peak_bytes: int | None = None
+        self.attention: list[str] = []  # what each kind of attention runs on, as `noting_backends` tells it
         abstract = jax.eval_shape(functools.partial(init_state, run))
         self._shardings = state_shardings(abstract, self.mesh)
         self._batch_sharding = NamedSharding(self.mesh, PartitionSpec("seed", "data"))
@@ -86,12 +88,19 @@ class JitProgram:
         batch = jax.device_put(batch, self._eval_sharding)
         return self.compiled_for("evaluate", self._evaluate, params, constants, batch)(params, constants, batch)
 
+    def spread(self, examples: dict[str, Any]) -> dict[str, Any]:
+        """Arrays whose first axis is the examples', split over the data axis where it divides them."""
+        rows = next(iter(examples.values())).shape[0]
+        return examples if rows % self.mesh.shape["data"] else jax.device_put(examples, self._eval_sharding)
+
     def compiled_for(self, name: str, function: Any, *args: Any) -> Any:
         """The function compiled for these arguments, the last a batch; once a name and shape, and on the clock."""
         key = (name, tuple(sorted((k, v.shape) for k, v in args[-1].items())))
         if key not in self._compiled:
             start = time.perf_counter()
-            compiled = self._compiled[key] = function.lower(*args).compile()
+            with noting_backends() as notes:
+                compiled = self._compiled[key] = function.lower(*args).compile()
+            self.attention += [note for note in notes if note not in self.attention]
             self.compile_seconds += time.perf_counter() - start
             if name == "step":
                 self.predicted_peak_bytes = max(peak_bytes(compiled) or 0, self.predicted_peak_bytes or 0) or None

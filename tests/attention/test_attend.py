@@ -1,15 +1,25 @@
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mha_jax import attention
-from mha_jax.attention import Causal, Dense, Full, Padding, PerHead, choose_backend
+from mha_jax.attention import BACKENDS, Causal, Dense, Full, Padding, PerHead, noting_backends
+from mha_jax.attention.attend import _PREFERRED, choose_backend
+from mha_jax.attention.backends.call import Call
 from mha_jax.specs import UserError
 
 B, T, S, K, V = 2, 7, 5, 3, 11
 # Compiled whole: op by op, each small test would wait for dozens of compilations.
-attend = jax.jit(attention.attend, static_argnames=("dropout_rate", "head_to_group", "backend"))
+compiled = jax.jit(attention.attend, static_argnames=("dropout_rate", "head_to_group", "backend"))
+
+
+@pytest.fixture(params=["einsum", "blockwise"])
+def attend(request):
+    return functools.partial(compiled, backend=request.param)
 
 
 def arrays(heads=6, groups=3, queries=T, keys=S, dtype=jnp.float32, v_dim=V):
@@ -44,7 +54,7 @@ def gradients(function, q, k, v, c):
         (Causal() & Padding(jnp.array([2, 5])), {"is_causal": True, "key_value_seq_lengths": jnp.array([2, 5])}),
     ],
 )
-def test_outputs_and_gradients_match_jax_nn(groups, rule, options):
+def test_outputs_and_gradients_match_jax_nn(attend, groups, rule, options):
     q, k, v, c = arrays(6, groups, v_dim=K)
     ours, theirs = jax.jit(lambda *x: attend(*x, rule)), jax.jit(lambda *x: jax.nn.dot_product_attention(*x, **options))
     np.testing.assert_allclose(ours(q, k, v), theirs(q, k, v), atol=1e-5)
@@ -53,7 +63,7 @@ def test_outputs_and_gradients_match_jax_nn(groups, rule, options):
 
 
 @pytest.mark.parametrize("gate_shape", [(4,), (B, 4), (B, T, 4)])
-def test_ragged_groups_and_gates_match_the_definition(gate_shape):
+def test_ragged_groups_and_gates_match_the_definition(attend, gate_shape):
     q, k, v, _ = arrays(4, 3)
     groups, gate = (2, 0, 2, 1), jax.random.normal(jax.random.key(9), gate_shape)
     rule = PerHead(Causal(), Full(), Padding(jnp.array([2, 0])), Causal(-2))
@@ -63,7 +73,7 @@ def test_ragged_groups_and_gates_match_the_definition(gate_shape):
 
 
 @pytest.mark.parametrize("groups", [6, 3, 1], ids=["mha", "gqa", "mqa"])
-def test_float64_matches_the_definition_and_its_finite_differences(groups):
+def test_float64_matches_the_definition_and_its_finite_differences(attend, groups):
     with jax.enable_x64(True):
         q, k, v, c = arrays(6, groups, dtype=jnp.float64)
         visible = np.asarray(jax.random.bernoulli(jax.random.key(7), 0.6, (B, 6, T, S)))
@@ -83,7 +93,7 @@ def test_float64_matches_the_definition_and_its_finite_differences(groups):
 
 
 @pytest.mark.parametrize("head_to_group", [None, (0, 2, 2, 0, 1, 0)], ids=["regular", "ragged"])
-def test_query_that_sees_nothing_gives_zero_and_gradient_zero(head_to_group):
+def test_query_that_sees_nothing_gives_zero_and_gradient_zero(attend, head_to_group):
     q, k, v, c = arrays()
     visible = np.ones((B, 6, T, S), bool)
     visible[0, :, 3], visible[1, 2] = False, False
@@ -103,7 +113,7 @@ def test_query_that_sees_nothing_gives_zero_and_gradient_zero(head_to_group):
 
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("head_to_group", [None, (0, 2, 2, 0, 1, 0)], ids=["regular", "ragged"])
-def test_poison_in_keys_that_nobody_sees_reaches_nobody(poison, head_to_group):
+def test_poison_in_keys_that_nobody_sees_reaches_nobody(attend, poison, head_to_group):
     q, k, v, c = arrays()
     groups = head_to_group or (0, 0, 1, 1, 2, 2)
     visible = np.asarray(jax.random.bernoulli(jax.random.key(7), 0.5, (B, 6, T, S))).copy()
@@ -125,20 +135,20 @@ def test_poison_in_keys_that_nobody_sees_reaches_nobody(poison, head_to_group):
         assert (np.asarray(gradient)[hidden[..., 0]] == 0).all()
 
 
-def test_poison_in_padding_of_a_causal_square_reaches_no_earlier_query():
+def test_poison_in_padding_of_a_causal_square_reaches_no_earlier_query(attend):
     q, k, v, _ = arrays(keys=T)
     k, v = k.at[0, 4:].set(jnp.nan), v.at[0, 4:].set(jnp.nan)
     assert np.isfinite(attend(q, k, v, Causal() & Padding(jnp.array([4, T])))).all()
 
 
-def test_large_logits_do_not_overflow():
+def test_large_logits_do_not_overflow(attend):
     q, k, v, c = arrays()
     assert np.isfinite(attend(q * 1e4, k * 1e4, v, Causal())).all()
     for gradient in gradients(lambda *x: attend(*x, Causal()), q * 1e4, k * 1e4, v, c):
         assert np.isfinite(gradient).all()
 
 
-def test_bfloat16_softmax_is_in_float32():
+def test_bfloat16_softmax_is_in_float32(attend):
     q, k, v, _ = arrays(dtype=jnp.bfloat16, keys=61)
     o = attend(q, k, jnp.ones_like(v))
     assert o.dtype == jnp.bfloat16
@@ -147,7 +157,7 @@ def test_bfloat16_softmax_is_in_float32():
     assert np.abs(np.asarray(attend(q, k, v), np.float64) - exact).max() < 4e-3
 
 
-def test_dropout_keeps_the_mean_and_differs_between_examples_and_heads():
+def test_dropout_keeps_the_mean_and_differs_between_examples_and_heads(attend):
     rate, many = 0.25, 4001
     q, k, v = jnp.ones((2, 1, 3, K)), jnp.ones((2, many, 3, K)), jnp.ones((2, many, 3, 1))
     o = np.asarray(attend(q, k, v, dropout_rate=rate, dropout_key=jax.random.key(0)))
@@ -155,7 +165,7 @@ def test_dropout_keeps_the_mean_and_differs_between_examples_and_heads():
     assert np.abs(o - 1).max() < 5 * np.sqrt(rate / (1 - rate) / many)
 
 
-def test_dropout_depends_on_the_key_of_the_example_alone():
+def test_dropout_depends_on_the_key_of_the_example_alone(attend):
     q, k, v, _ = arrays()
     keys = jax.random.split(jax.random.key(0), B)
     both = attend(q, k, v, dropout_rate=0.5, dropout_key=keys)
@@ -164,7 +174,7 @@ def test_dropout_depends_on_the_key_of_the_example_alone():
     assert np.abs(both - attend(q, k, v)).max() > 0.1
 
 
-def test_gradient_of_dropout_uses_the_bits_of_the_forward_pass():
+def test_gradient_of_dropout_uses_the_bits_of_the_forward_pass(attend):
     q, k, v, c = arrays()
     function = lambda v: attend(q, k, v, Causal(), dropout_rate=0.5, dropout_key=jax.random.key(0))  # noqa: E731
     gradient = jax.grad(lambda v: (function(v) * c).sum())(v)
@@ -174,7 +184,7 @@ def test_gradient_of_dropout_uses_the_bits_of_the_forward_pass():
 @pytest.mark.parametrize(
     ("heads", "groups", "queries", "keys"), [(0, 0, T, S), (0, 2, T, S), (6, 3, 0, S), (6, 3, T, 0)]
 )
-def test_empty_axes_are_legal(heads, groups, queries, keys):
+def test_empty_axes_are_legal(attend, heads, groups, queries, keys):
     q, k, v, c = arrays(heads, groups, queries, keys)
     o = attend(q, k, v, Causal())
     assert o.shape == (B, queries, heads, V)
@@ -184,7 +194,7 @@ def test_empty_axes_are_legal(heads, groups, queries, keys):
 
 def test_square_is_not_transposed_nor_divided():
     q, k, v, _ = arrays(queries=T, keys=T)
-    text = jax.jit(lambda *x: attend(*x, Causal())).lower(q, k, v).as_text()
+    text = jax.jit(lambda *x: compiled(*x, Causal(), backend="einsum")).lower(q, k, v).as_text()
     square = f"x{T}x{T}xf32"
     on_square = [line for line in text.splitlines() if square in line]
     assert on_square
@@ -205,7 +215,7 @@ def test_square_is_not_transposed_nor_divided():
         ({"gate": jnp.ones((T, 6))}, r"gate has shape \(7, 6\); \[H=6\]"),
         ({"dropout_rate": 0.1}, "dropout_rate=0.1 needs a dropout_key"),
         ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and below 1"),
-        ({"backend": "fast"}, "backend='fast' is not one of 'auto', 'einsum'"),
+        ({"backend": "fast"}, "backend='fast' is not one of 'auto', 'einsum', 'blockwise'"),
         ({"visibility": PerHead(Full(), Full())}, "visibility is for H=2; q has H=6"),
         ({"visibility": Padding(jnp.ones(3, int))}, "visibility is for B=3; q has B=2"),
     ],
@@ -214,16 +224,47 @@ def test_wrong_arguments_are_refused_in_our_letters(change, message):
     arguments = dict(zip("qkv", arrays(), strict=False))
     arguments |= {name: jnp.ones(value) if name in "qkv" else value for name, value in change.items()}
     with pytest.raises(UserError, match=message):
-        attend(**arguments)
+        compiled(**arguments)
 
 
 def test_types_that_differ_or_are_no_floats_are_refused():
     q, k, v, _ = arrays()
     with pytest.raises(UserError, match="float32, bfloat16, float32; they must share one floating type"):
-        attend(q, k.astype(jnp.bfloat16), v)
+        compiled(q, k.astype(jnp.bfloat16), v)
     with pytest.raises(UserError, match="floating type"):
-        attend(*(x.astype(jnp.int32) for x in (q, k, v)))
+        compiled(*(x.astype(jnp.int32) for x in (q, k, v)))
 
 
-def test_auto_says_which_backend_it_takes():
-    assert choose_backend("auto") == "einsum"
+def call(queries=T, keys=S, rate=0.0):
+    return Call(B, queries, keys, 6, (0, 0, 1, 1, 2, 2), 3, K, V, jnp.dtype("float32"), Causal(), rate)
+
+
+def test_auto_takes_the_reference_for_small_squares_and_never_for_large_ones():
+    assert choose_backend("auto", call()).name == "einsum"
+    assert choose_backend("auto", call(4096, 4096, 0.1)).name == "blockwise"
+
+
+def test_auto_says_who_refused_and_why(monkeypatch):
+    monkeypatch.setitem(_PREFERRED, "cpu", ("picky", "blockwise"))
+    monkeypatch.setitem(BACKENDS, "picky", types.SimpleNamespace(refusal=lambda call: "K=3 is odd; even K would do"))
+    x = jnp.ones((1, 151, 2, 3))
+    with noting_backends() as notes:
+        for _ in range(2):
+            attention.attend(x, x, x)
+    assert notes == ["T=151 S=151 H=2 G=2 K=3 V=3 float32: blockwise; picky: K=3 is odd; even K would do"]
+
+
+def test_backend_that_is_named_and_refuses_is_an_error_with_the_reason(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "picky", types.SimpleNamespace(refusal=lambda call: "K=3 is odd; even K would do"))
+    x = jnp.ones((1, 5, 2, 3))
+    with pytest.raises(UserError, match="backend='picky' cannot serve this attention: K=3 is odd; even K would do"):
+        attention.attend(x, x, x, backend="picky")
+
+
+def test_memory_of_blockwise_grows_with_the_length_and_not_with_its_square():
+    def planned(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
+        slope = jax.grad(lambda q, k, v: compiled(q, k, v, Causal(), backend="blockwise").sum(), (0, 1, 2))
+        return jax.jit(slope).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert planned(8192) < 2.5 * planned(4096) < 2**24

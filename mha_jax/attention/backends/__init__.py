@@ -1,1 +1,1 @@
-"""Backends of attention: one function `attend` each, all with the signature of `einsum.attend`."""
+"""Backends of attention: each a module with `attend` and `refusal`, of the signatures that `einsum.py` has."""

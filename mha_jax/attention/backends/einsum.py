@@ -5,8 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+from mha_jax.attention.backends.call import Call, regular_groups
 from mha_jax.attention.dropout import attention_keep
-from mha_jax.attention.visibility import Rule
+from mha_jax.attention.rule import Rule
+
+
+def refusal(call: Call) -> str | None:
+    """Why the backend cannot serve a call, and what would do; None where it can. This one can always."""
+    return None
 
 
 def attend(
@@ -15,7 +21,6 @@ def attend(
     v: Float[Array, "B S G V"],
     *,
     rule: Rule,
-    gate: Float[Array, "#B #T H"] | None,
     dropout_rate: float,
     dropout_keys: Key[Array, "B"] | None,
     scale: float | Float[Array, ""],
@@ -23,14 +28,14 @@ def attend(
 ) -> Float[Array, "B T H V"]:
     """Attention of H heads over G groups, as `mha_jax.attention.attend` defines it; arguments are checked there.
 
-      o[b,t,h] = gate[b,t,h] * sum over visible s of softmax_s(scale * <q[b,t,h], k[b,s,g]>) * v[b,s,g],  g = groups[h]
+      o[b,t,h] = sum over visible s of softmax_s(scale * <q[b,t,h], k[b,s,g]>) * v[b,s,g],  g = groups[h]
 
     Computed as (sum of e * v) / (sum of e) with e = exp(logit - row maximum): the T x S square is never divided.
     """
     (batch, queries, heads, _), keys, wide = q.shape, k.shape[1], jnp.promote_types(q.dtype, jnp.float32)
     if heads == 0:
         return jnp.zeros((batch, queries, 0, v.shape[-1]), q.dtype)
-    if groups != _regular(heads, k.shape[2]):
+    if groups != regular_groups(heads, k.shape[2]):
         k, v = (jnp.take(x, np.array(groups), axis=2) for x in (k, v))
     # Heads of one group stand one after the other, so they merge with T into the rows X of one product a group.
     merged = (batch, k.shape[2], heads // k.shape[2] * queries)
@@ -52,17 +57,7 @@ def attend(
     weights_BGXS = weights_BHTS.astype(v.dtype).reshape(*merged, keys)
     out_BGXV = jnp.einsum("BGXS,BSGV->BGXV", weights_BGXS, v, preferred_element_type=wide)
     out_BHTV = out_BGXV.reshape(batch, heads, queries, v.shape[-1]) / jnp.where(total_BHT1 > 0, total_BHT1, 1)
-    out_BTHV = out_BHTV.swapaxes(1, 2)
-    if gate is not None:
-        out_BTHV = out_BTHV * gate[..., None].astype(wide)
-    return out_BTHV.astype(q.dtype)
-
-
-def _regular(heads: int, num_groups: int) -> tuple[int, ...] | None:
-    """The map in which neighbouring heads share a group, where G divides H."""
-    if heads % num_groups:
-        return None
-    return tuple(h // (heads // num_groups) for h in range(heads))
+    return out_BHTV.swapaxes(1, 2).astype(q.dtype)
 
 
 def _zero_invisible(

@@ -1,0 +1,127 @@
+"""How the square is cut into tiles, in which order they are visited, and how many heads are worked on at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from mha_jax.attention.blockmap import EMPTY, FULL, PARTIAL, BlockMap
+from mha_jax.attention.rule import Rule
+from mha_jax.attention.visibility import Padding
+from mha_jax.cores import num_cores
+
+# On CPU: elements of a tile that a core's cache holds next to its like, and what a visit costs beside, in elements.
+_CACHED = 2**16
+_VISIT = 2**12
+_BLOCKS = (64, 128, 256)
+# A mask costs about this share of the work on a tile.
+_MASK = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known before the run. Rows of `tiles` are tiles of queries; heads are taken `heads_at_once`."""
+
+    tiles: BlockMap
+    heads: int
+    heads_at_once: int
+    scale: float
+    dropout_rate: float
+    all_seen: bool  # every query sees a key, and every key is seen
+
+    @property
+    def num_steps(self) -> int:
+        return self.heads // self.heads_at_once
+
+
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """The tiles of each row that are visited: order[start:middle] without a mask, order[middle:end] with one.
+
+    start, middle, end: [h, rows], h = 1 where all heads agree. order: columns, one after the other for all rows.
+    """
+
+    start: Int[Array, "h rows"]
+    middle: Int[Array, "h rows"]
+    end: Int[Array, "h rows"]
+    order: Int[Array, " visits"]
+    any_full: bool
+    any_partial: bool
+
+    def of(self, head: Array, row: Array) -> tuple[Array, Array, Array]:
+        at = (head if len(self.start) > 1 else 0, row)
+        return self.start[at], self.middle[at], self.end[at]
+
+
+def visits(tiles: BlockMap) -> Visits:
+    """The lists of a map, row by row."""
+    heads, rows, _ = tiles.kinds.shape
+    order: list[np.ndarray] = []
+    ends = np.zeros((3, heads, rows), np.int32)
+    count = 0
+    for head, row in np.ndindex(heads, rows):
+        found = [np.flatnonzero(tiles.kinds[head, row] == kind) for kind in (FULL, PARTIAL)]
+        ends[:, head, row] = count, count + len(found[0]), count + len(found[0]) + len(found[1])
+        order += found
+        count += len(found[0]) + len(found[1])
+    columns = np.concatenate(order).astype(np.int32) if count else np.zeros(1, np.int32)
+    any_full, any_partial = (bool((tiles.kinds == kind).any()) for kind in (FULL, PARTIAL))
+    # The integers of loops: 64 bits wide where JAX is.
+    return Visits(*(jnp.asarray(x, int) for x in (*ends, columns)), any_full, any_partial)
+
+
+def make_plan(
+    rule: Rule, batch: int, queries: int, keys: int, heads: int, scale: float, dropout_rate: float
+) -> tuple[Plan, Rule]:
+    """The cheapest way to cut this square, and the rule over its padded lengths, which hides what was padded."""
+    candidates = [
+        _candidate(rule, batch, queries, keys, heads, scale, dropout_rate, block) for block in _blocks(queries, keys)
+    ]
+    return min(candidates, key=lambda found: _cost(found[0], batch))
+
+
+def _blocks(queries: int, keys: int) -> list[int]:
+    """Tile sizes worth trying: none much larger than the square, none that makes millions of tiles."""
+    longest = max(queries, keys)
+    fit = [block for block in _BLOCKS if block == _BLOCKS[0] or block < 2 * longest]
+    return [block for block in fit if (longest / block) ** 2 <= 2**18] or fit[-1:]
+
+
+def _candidate(
+    rule: Rule, batch: int, queries: int, keys: int, heads: int, scale: float, dropout_rate: float, block: int
+) -> tuple[Plan, Rule]:
+    block_q, block_k = (min(block, -(-length // 8) * 8) for length in (queries, keys))
+    padded_q, padded_k = (-(-length // size) * size for length, size in ((queries, block_q), (keys, block_k)))
+    if padded_k > keys:
+        rule = rule & Padding(np.array([keys]))
+    all_seen = rule.sees_self and queries == keys
+    rule = rule.padded(padded_q, padded_k)
+    tiles = BlockMap.of(rule, padded_q, padded_k, block_q, block_k)
+    at_once = _heads_at_once(batch, heads, block_q * block_k, per_head=len(tiles.kinds) > 1)
+    return Plan(tiles, heads, at_once, scale, dropout_rate, all_seen), rule
+
+
+def _heads_at_once(batch: int, heads: int, area: int, per_head: bool) -> int:
+    """All heads on an accelerator; on CPU as many as a cache holds, and one where heads visit tiles of their own."""
+    if jax.default_backend() != "cpu":
+        return heads
+    if per_head:
+        return 1
+    fit = [count for count in range(1, heads + 1) if heads % count == 0 and count * batch * area <= _cached_elements()]
+    return max(fit, default=1)
+
+
+def _cached_elements() -> int:
+    # A device of many threads splits each operation among them, and needs larger ones.
+    threads = max(num_cores() // jax.local_device_count(), 1)
+    return _CACHED if threads == 1 else _CACHED * 16
+
+
+def _cost(plan: Plan, batch: int) -> float:
+    """Elements worked on, and visits counted as elements."""
+    kinds = plan.tiles.kinds
+    heads = plan.heads // len(kinds)
+    tiles = ((kinds != EMPTY).sum() + _MASK * (kinds == PARTIAL).sum()) * plan.tiles.block_q * plan.tiles.block_k
+    return tiles * heads * batch + _VISIT * (kinds != EMPTY).sum() * heads / plan.heads_at_once

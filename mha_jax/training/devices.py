@@ -1,0 +1,33 @@
+"""On CPU every core is a device: a batch split over cores outruns operations that are each split over threads."""
+
+import os
+
+import jax
+
+from mha_jax.cores import num_cores
+from mha_jax.data import batch_shapes
+from mha_jax.specs import RunSpec
+
+
+def cpu_devices(run: RunSpec, cores: int) -> int:
+    """How many CPU devices a run is spread over: what its mesh asks for, or the most cores that divide all its batches.
+
+    Where the mesh leaves `data` open and has seed or head axes, their product divides the number.
+    """
+    mesh = run.mesh
+    fixed = mesh.seed * mesh.head
+    if mesh.data is not None:
+        return fixed * mesh.data
+    rows = [batch["weights"].shape[0] for batch in batch_shapes(run.data, run.task)]
+    fit = [data for data in range(1, cores // fixed + 1) if all(count % data == 0 for count in rows)]
+    return fixed * max(fit, default=1)
+
+
+def use_cores(run: RunSpec) -> None:
+    """Tells JAX how many CPU devices to make, unless XLA_FLAGS does. Comes before anything else that touches a device.
+
+    Where JAX finds an accelerator this changes nothing.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    jax.config.update("jax_num_cpu_devices", cpu_devices(run, num_cores()))

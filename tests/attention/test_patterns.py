@@ -1,0 +1,129 @@
+"""Published patterns: what they show, how much, and how far it reaches, against the papers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mha_jax.attention import (
+    BigBird,
+    BlockDiagonal,
+    Causal,
+    EveryNth,
+    Fixed,
+    LogSparse,
+    PrefixLM,
+    RandomBlocks,
+    SlidingWindow,
+    Strided,
+    Summary,
+)
+from mha_jax.specs import UserError
+
+N = 61
+
+
+def power_of_two(n):
+    return n in (1, 2, 4, 8, 16, 32, 64)
+
+
+MEANING = [
+    (SlidingWindow(4, dilation=3), lambda t, s: abs(t - s) in (0, 3, 6, 9)),
+    (BlockDiagonal(7), lambda t, s: t // 7 == s // 7),
+    (EveryNth(5), lambda t, s: (t - s) % 5 == 0),
+    (Summary(7, 2), lambda t, s: s % 7 in (5, 6)),
+    (LogSparse(), lambda t, s: t == s or power_of_two(abs(t - s))),
+    (Strided(7), lambda t, s: s <= t and (t - s < 7 or (t - s) % 7 == 0)),
+    (Fixed(7, 2), lambda t, s: s <= t and (t // 7 == s // 7 or s % 7 >= 5)),
+    (PrefixLM(11), lambda t, s: s <= t or s < 11),
+    (RandomBlocks(8, 2, 64, seed=3), lambda t, s: s // 8 in RandomBlocks(8, 2, 64, seed=3).drawn[t // 8]),
+]
+
+
+@pytest.mark.parametrize(("rule", "meaning"), MEANING)
+def test_mask_is_what_the_paper_says(rule, meaning):
+    expected = [[bool(meaning(t, s)) for s in range(N)] for t in range(N)]
+    np.testing.assert_array_equal(rule.mask(N, N)[0, 0], expected)
+
+
+def visible(rule, n):
+    return np.asarray(rule.mask(n, n))[0, 0]
+
+
+@pytest.mark.parametrize("n", [16, 64, 144])
+def test_child_strided_reaches_any_earlier_position_in_two_hops_for_n_root_n_pairs(n):
+    # Child et al. 2019, section 4.2: p = 2 heads of O(sqrt n) keys each join any two positions in p + 1 = 3 nodes.
+    stride = math.isqrt(n)
+    near, far = (visible(Causal() & rule, n).astype(int) for rule in (SlidingWindow(stride), EveryNth(stride)))
+    assert ((near @ far + far @ near) > 0)[np.tril_indices(n)].all()
+    assert max(near.sum(1).max(), far.sum(1).max()) <= stride
+    assert visible(Strided(stride), n).sum() <= 2 * n * math.sqrt(n)
+
+
+@pytest.mark.parametrize("n", [64, 144])
+def test_child_fixed_reaches_any_earlier_block_in_two_hops_for_n_root_n_pairs(n):
+    block, count = math.isqrt(n), 2
+    own, summary = (visible(Causal() & rule, n).astype(int) for rule in (BlockDiagonal(block), Summary(block, count)))
+    # Information of s is gathered by the last positions of its block, which all later blocks read.
+    two_hops = (summary @ own) > 0
+    for t in range(n):
+        for s in range(t // block * block):
+            assert two_hops[t, s]
+    # n (block / 2 within blocks, count * sqrt(n) / 2 across): of the order n sqrt n.
+    assert visible(Fixed(block, count), n).sum() <= (count + 1) * n * math.sqrt(n)
+    assert own.sum(1).max() <= block and summary.sum(1).max() <= count * n // block
+
+
+def test_log_sparse_sees_log_n_keys_and_reaches_all_earlier_ones_in_log_n_layers():
+    # Li et al. 2019, theorem 1.
+    n = 128
+    seen = visible(Causal() & LogSparse(), n).astype(int)
+    assert seen.sum(1).max() == 1 + math.log2(n)
+    reached = np.linalg.matrix_power(seen, int(math.log2(n)) + 1) > 0
+    assert reached[np.tril_indices(n)].all()
+
+
+def test_big_bird_joins_any_two_positions_in_two_hops_over_its_global_tokens():
+    rule = BigBird(8, 9, 2, 4, length=96)
+    seen = visible(rule, 96).astype(int)
+    assert ((seen @ seen) > 0).all()
+    window, drawn, hubs = 2 * 8 + 1, 2 * 8, 4
+    assert seen[hubs:].sum(1).max() <= window + drawn + hubs
+
+
+def test_random_blocks_depend_on_the_seed_alone_and_each_row_sees_as_many():
+    rule = RandomBlocks(4, 3, 64, seed=1)
+    assert (np.sort(rule.drawn) == np.sort(RandomBlocks(4, 3, 64, seed=1).drawn)).all()
+    assert (rule.drawn != RandomBlocks(4, 3, 64, seed=2).drawn).any()
+    assert (visible(rule, 64).sum(1) == 12).all()
+
+
+def test_prefix_lengths_differ_by_example():
+    mask = np.asarray(PrefixLM(jnp.array([0, 5])).mask(7, 7))[:, 0]
+    np.testing.assert_array_equal(mask[0], np.tri(7, dtype=bool))
+    np.testing.assert_array_equal(mask[1], np.tri(7, dtype=bool) | (np.arange(7) < 5))
+
+
+def test_patterns_pass_through_jit_as_arguments():
+    for rule, _ in MEANING:
+        np.testing.assert_array_equal(jax.jit(lambda rule: rule.mask(9, 9))(rule), rule.mask(9, 9))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SlidingWindow(4, dilation=0), "SlidingWindow dilation=0 must be an integer of at least 1"),
+        (lambda: BlockDiagonal(0), "BlockDiagonal block=0 must be"),
+        (lambda: EveryNth(-2), "EveryNth stride=-2 must be"),
+        (lambda: Strided(0), "SlidingWindow window=0 must be"),
+        (lambda: Summary(4, 5), "Summary count=5 is more than a block of 4 has; 1 to 4 fit"),
+        (lambda: RandomBlocks(8, 9, 64), "RandomBlocks count=9 is more than the 8 blocks of length=64"),
+        (lambda: RandomBlocks(8, 2, 64).mask(65, 64), "RandomBlocks length=64 is shorter than T=65"),
+        (lambda: (Causal() & RandomBlocks(8, 2, 64)).mask(65, 65), "length=65 would do"),
+    ],
+)
+def test_wrong_pattern_is_refused_in_one_line(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
