@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mha_jax.attention.backends import blockwise, einsum
+from mha_jax.attention.backends import blockwise, diagonals, einsum
 from mha_jax.attention.backends.call import Call
 from mha_jax.attention.dropout import keys_per_example
 from mha_jax.attention.regions import Span
 from mha_jax.attention.visibility import Full, Rule
 from mha_jax.specs import HeadShape, UserError
 
-BACKENDS = {"einsum": einsum, "blockwise": blockwise}
+BACKENDS = {"einsum": einsum, "blockwise": blockwise, "diagonals": diagonals}
 # What "auto" asks in turn; `blockwise` serves every call.
 _PREFERRED = {"gpu": ("blockwise",), "tpu": ("blockwise",)}
-# Squares up to so many places are quicker held whole than visited tile by tile.
-_SMALL_SQUARE = 128 * 128
+# So many weights, B * H * T * S of them, are quicker held whole (4 MB in float32) than visited tile by tile.
+_FEW_WEIGHTS = 2**20
 
 
 def attend(
@@ -123,8 +123,10 @@ def choose_backend(name: str, call: Call) -> Choice:
         if reason is not None:
             raise UserError(f"backend={name!r} cannot serve this attention: {reason}")
         return Choice(name, {})
-    if call.queries * call.keys <= _SMALL_SQUARE:
+    if call.batch * call.heads * call.queries * call.keys <= _FEW_WEIGHTS:
         return Choice("einsum", {})
+    if diagonals.pays(call):
+        return Choice("diagonals", {})
     refused: dict[str, str] = {}
     for candidate in _PREFERRED.get(jax.default_backend(), ("blockwise",)):
         reason = BACKENDS[candidate].refusal(call)

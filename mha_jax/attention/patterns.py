@@ -59,6 +59,10 @@ class EveryNth(Rule):
         return where.bounds(some, (self.stride == 1) | (some & (least == most)))
 
     @property
+    def same_along_diagonals(self) -> bool:
+        return True
+
+    @property
     def sees_self(self) -> bool:
         return True
 
@@ -105,6 +109,10 @@ class LogSparse(Rule):
         power = 2.0 ** np.ceil(np.log2(np.maximum(nearest, 1)))
         some = (nearest == 0) | (power <= farthest)
         return where.bounds(some, (farthest <= 2) | (some & (least == most)))
+
+    @property
+    def same_along_diagonals(self) -> bool:
+        return True
 
     @property
     def sees_self(self) -> bool:

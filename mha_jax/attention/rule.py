@@ -67,6 +67,11 @@ class Rule:
         """True where every t surely sees s = t. Then, at T = S, no row is empty and no key is hidden from all."""
         return False
 
+    @property
+    def same_along_diagonals(self) -> bool:
+        """True where s - t alone decides, for every example and head; `bounds` then tells single places exactly."""
+        return False
+
     def __and__(self, other: "Rule") -> "Rule":
         return And(self, other)
 
@@ -158,6 +163,10 @@ class _Pair(Rule):
     def padded(self, query_length: int, key_length: int) -> Rule:
         return type(self)(*(rule.padded(query_length, key_length) for rule in self.parts))
 
+    @property
+    def same_along_diagonals(self) -> bool:
+        return all(rule.same_along_diagonals for rule in self.parts)
+
     def _masks(self, b: Span | None, h: Span | None, t: Span, s: Span) -> list[Array]:
         masks = [rule.at(b, h, t, s) for rule in self.parts]
         for axis in (0, 1):
@@ -219,6 +228,10 @@ class Not(Rule):
 
     def padded(self, query_length: int, key_length: int) -> Rule:
         return Not(self.rule.padded(query_length, key_length))
+
+    @property
+    def same_along_diagonals(self) -> bool:
+        return self.rule.same_along_diagonals
 
     def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "#b #h #t #s"]:
         return ~self.rule.at(b, h, t, s)

@@ -27,6 +27,10 @@ class Full(Rule):
         return where.bounds(True, True)
 
     @property
+    def same_along_diagonals(self) -> bool:
+        return True
+
+    @property
     def sees_self(self) -> bool:
         return True
 
@@ -47,6 +51,10 @@ class Causal(Rule):
     def bounds(self, where: Rectangles) -> Bounds:
         least, most = where.offsets
         return where.bounds(least <= self.offset, most <= self.offset)
+
+    @property
+    def same_along_diagonals(self) -> bool:
+        return True
 
     @property
     def sees_self(self) -> bool:
@@ -79,6 +87,10 @@ class SlidingWindow(Rule):
         some = multiple_within(np.maximum(least, -reach), np.minimum(most, reach), self.dilation)
         within = (least >= -reach) & (most <= reach) & (self.dilation == 1)
         return where.bounds(some, within | (some & (least == most)))
+
+    @property
+    def same_along_diagonals(self) -> bool:
+        return True
 
     @property
     def sees_self(self) -> bool:

@@ -7,17 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mha_jax.attention.attend import attend
-from mha_jax.attention.multihead import MultiHeadAttention
-from mha_jax.attention.visibility import Padding, Rule
+from mha_jax.attention.decode import decode_attention
 from mha_jax.models.blocks import Block, Stack
 
 
 class KeysValues(NamedTuple):
-    """What one attention layer has to remember."""
+    """What one attention layer has to remember, laid out as `decode_attention` reads it; zeros where nothing is yet."""
 
-    k_BSGK: Float[Array, "B S G K"]
-    v_BSGV: Float[Array, "B S G V"]
+    k_BGSK: Float[Array, "B G S K"]
+    v_BGSV: Float[Array, "B G S V"]
 
 
 class Memory(NamedTuple):
@@ -35,7 +33,7 @@ def empty_cache(stack: Stack, rows: int, length: int) -> Cache:
 
     def keys_values(x_BTD: Array) -> Cache:
         positions_T = jnp.arange(length)
-        return tuple(KeysValues(*block.attention.keys_values(x_BTD, positions_T)) for block in stack.blocks)
+        return tuple(_by_groups(*block.attention.keys_values(x_BTD, positions_T)) for block in stack.blocks)
 
     d_model = stack.positions.d_model
     shapes = jax.eval_shape(keys_values, jax.ShapeDtypeStruct((rows, length, d_model), stack.dtype))
@@ -43,20 +41,31 @@ def empty_cache(stack: Stack, rows: int, length: int) -> Cache:
 
 
 def read_memory(stack: Stack, memory_BSD: Float[Array, "B S D"], lengths_B: Int[Array, " B"]) -> Memory:
-    """Keys and values of the encoded source, computed once a sentence."""
-    layers = tuple(KeysValues(*block.cross_attention.keys_values(memory_BSD)) for block in stack.blocks)
-    return Memory(layers, lengths_B)
+    """Keys and values of the encoded source, computed once a sentence; values of what is no token are 0."""
+    real_B1S1 = (jnp.arange(memory_BSD.shape[1])[None, :] < lengths_B[:, None])[:, None, :, None]
+    layers = []
+    for block in stack.blocks:
+        k_BGSK, v_BGSV = _by_groups(*block.cross_attention.keys_values(memory_BSD))
+        layers.append(KeysValues(k_BGSK, jnp.where(real_B1S1, v_BGSV, 0)))
+    return Memory(tuple(layers), lengths_B)
 
 
-def _attend(attention: MultiHeadAttention, q_BTHK: Array, seen: KeysValues, visibility: Rule) -> Array:
-    return attend(
-        q_BTHK,
-        seen.k_BSGK,
-        seen.v_BSGV,
-        visibility=visibility,
-        head_to_group=attention.shape.head_to_group,
-        backend=attention.backend,
-    )
+def _by_groups(k_BSGK: Array, v_BSGV: Array) -> KeysValues:
+    return KeysValues(k_BSGK.swapaxes(1, 2), v_BSGV.swapaxes(1, 2))
+
+
+def _written(seen: KeysValues, new: KeysValues, position: Array) -> KeysValues:
+    """`seen` with the one token of `new` at `position`, in place where the caller lets go of `seen`."""
+
+    def update(seen: KeysValues, new: KeysValues, position: Array) -> KeysValues:
+        return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, position, axis=2), seen, new)
+
+    def update_in_a_loop(seen: KeysValues, new: KeysValues, position: Array) -> KeysValues:
+        return lax.fori_loop(position, position + 1, lambda at, x: update(x, new, at), seen)
+
+    # Where B or G is 1, XLA on CPU fuses a bare update with each of its readers and copies the cache for each;
+    # a loop, even of one round, it leaves whole and in place. Elsewhere a loop would cost a wait for the device.
+    return lax.platform_dependent(seen, new, position, cpu=update_in_a_loop, default=update)
 
 
 def _cross(block: Block, x_N1D: Array, seen: KeysValues, lengths_B: Array) -> Array:
@@ -64,7 +73,7 @@ def _cross(block: Block, x_N1D: Array, seen: KeysValues, lengths_B: Array) -> Ar
     q_N1HK = block.cross_attention.queries(x_N1D)
     (rows, _, heads, qk_dim), sentences = q_N1HK.shape, lengths_B.shape[0]
     q_BTHK = q_N1HK.reshape(sentences, rows // sentences, heads, qk_dim)
-    o_BTHV = _attend(block.cross_attention, q_BTHK, seen, Padding(lengths_B))
+    o_BTHV = decode_attention(q_BTHK, *seen, lengths_B, groups=block.cross_attention.shape.groups)
     return block.cross_attention.output(o_BTHV.reshape(rows, 1, heads, o_BTHV.shape[-1]))
 
 
@@ -73,22 +82,20 @@ def cached_step(
 ) -> tuple[Float[Array, "N 1 D"], Cache]:
     """One token a row through the stack: equal to the last position of the whole stack over all tokens so far.
 
+    Attention is `decode_attention` whatever backend a layer has; the price of a step goes with groups, not with heads.
+
     Args:    x_N1D: the embedded token at `position`; the cache holds those before. N is a multiple of the memory's B.
     Returns: what the stack gives at `position`, and the cache with this token in it.
     """
-    rows = x_N1D.shape[0]
-    seen_so_far = Padding(jnp.full((rows,), position + 1))
     x_N1D = stack.enter(x_N1D, position[None])
     filled = []
     for layer, block in enumerate(stack.blocks):
         y_N1D = block.before(x_N1D, block.attention_norm)
-        k_N1GK, v_N1GV = block.attention.keys_values(y_N1D, position[None])
-        seen = KeysValues(
-            lax.dynamic_update_slice_in_dim(cache[layer].k_BSGK, k_N1GK, position, axis=1),
-            lax.dynamic_update_slice_in_dim(cache[layer].v_BSGV, v_N1GV, position, axis=1),
-        )
+        q_N1HK = block.attention.queries(y_N1D, position[None])
+        new = _by_groups(*block.attention.keys_values(y_N1D, position[None]))
+        seen = _written(cache[layer], new, position)
         filled.append(seen)
-        o_N1HV = _attend(block.attention, block.attention.queries(y_N1D, position[None]), seen, seen_so_far)
+        o_N1HV = decode_attention(q_N1HK, *seen, position + 1, groups=block.attention.shape.groups)
         x_N1D = block.after(x_N1D, block.attention.output(o_N1HV), block.attention_norm)
         if memory is not None:
             y_N1D = block.before(x_N1D, block.cross_attention_norm)

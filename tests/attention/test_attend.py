@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import types
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from mha_jax import attention
-from mha_jax.attention import BACKENDS, Causal, Dense, Full, Padding, PerHead, noting_backends
+from mha_jax.attention import BACKENDS, Causal, Dense, Full, LogSparse, Padding, PerHead, SlidingWindow, noting_backends
 from mha_jax.attention.attend import _PREFERRED, choose_backend
 from mha_jax.attention.backends.call import Call
 from mha_jax.specs import UserError
@@ -215,7 +216,7 @@ def test_square_is_not_transposed_nor_divided():
         ({"gate": jnp.ones((T, 6))}, r"gate has shape \(7, 6\); \[H=6\]"),
         ({"dropout_rate": 0.1}, "dropout_rate=0.1 needs a dropout_key"),
         ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and below 1"),
-        ({"backend": "fast"}, "backend='fast' is not one of 'auto', 'einsum', 'blockwise'"),
+        ({"backend": "fast"}, "backend='fast' is not one of 'auto', 'einsum', "),
         ({"visibility": PerHead(Full(), Full())}, "visibility is for H=2; q has H=6"),
         ({"visibility": Padding(jnp.ones(3, int))}, "visibility is for B=3; q has B=2"),
     ],
@@ -244,14 +245,24 @@ def test_auto_takes_the_reference_for_small_squares_and_never_for_large_ones():
     assert choose_backend("auto", call(4096, 4096, 0.1)).name == "blockwise"
 
 
+def test_auto_takes_diagonals_where_tiles_would_pay_for_much_more():
+    for rule, name in (
+        (Causal() & LogSparse(), "diagonals"),
+        (SlidingWindow(5, dilation=64), "diagonals"),
+        (SlidingWindow(16), "blockwise"),
+        (Causal() & LogSparse() & Padding(jnp.array([5, 7])), "blockwise"),
+    ):
+        assert choose_backend("auto", dataclasses.replace(call(4096, 4096), rule=rule)).name == name
+
+
 def test_auto_says_who_refused_and_why(monkeypatch):
     monkeypatch.setitem(_PREFERRED, "cpu", ("picky", "blockwise"))
     monkeypatch.setitem(BACKENDS, "picky", types.SimpleNamespace(refusal=lambda call: "K=3 is odd; even K would do"))
-    x = jnp.ones((1, 151, 2, 3))
+    x = jnp.ones((1, 1031, 2, 3))
     with noting_backends() as notes:
         for _ in range(2):
             attention.attend(x, x, x)
-    assert notes == ["T=151 S=151 H=2 G=2 K=3 V=3 float32: blockwise; picky: K=3 is odd; even K would do"]
+    assert notes == ["T=1031 S=1031 H=2 G=2 K=3 V=3 float32: blockwise; picky: K=3 is odd; even K would do"]
 
 
 def test_backend_that_is_named_and_refuses_is_an_error_with_the_reason(monkeypatch):

@@ -4,8 +4,8 @@ Forward, an online softmax over the tiles of a row (Milakov and Gimelshein 2018;
 the output and the logarithm of the softmax's sum. Backward, every tile is computed anew (algorithm 4 there). Tiles that
 the rule's block map calls empty are not visited, and on full ones no mask is made.
 
-Inside a tile keys come before queries, X^T [S, Q]: sums over keys then run over whole vectors, and each of the products
-has the form that a CPU does at its peak even where K is 8.
+Tiles are [t, s] on the way forward and [s, t] on the way back: so all products but one have the form that a CPU does at
+its peak even where K is 8, which is never that of a large transposed left side.
 """
 
 import functools
@@ -118,33 +118,33 @@ def forward(
             visible = visible_in(plan, rule, tile)
             q, k, v = clean(plan, visible, q_tile, load(k_BSHK, h, tile.s), load(v_BSHV, h, tile.s))
             logits = logits_of(plan, q, k, visible)
-            new_top = jnp.maximum(top, logits.max(2))
-            weights, shrink = jnp.exp(logits - new_top[:, :, None]), jnp.exp(top - new_top)
-            total = total * shrink + weights.sum(2)
+            new_top = jnp.maximum(top, logits.max(3, keepdims=True))
+            weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
+            total = total * shrink + weights.sum(3, keepdims=True)
             if measures:
-                t_index, s_index = t.index[None, None, None, :], tile.s.index[None, None, :, None]
+                t_index, s_index = t.index[None, None, :, None], tile.s.index[None, None, None, :]
                 seen = jnp.where(weights > 0, logits, 0)
-                found = [(weights * measure(seen, t_index, s_index)).sum(2) for measure in measures]
-                measured = measured * shrink[..., None] + jnp.stack(found, axis=-1)
+                found = [(weights * measure(seen, t_index, s_index)).sum(3) for measure in measures]
+                measured = measured * shrink + jnp.stack(found, axis=-1)
             if plan.dropout_rate:
                 weights = jnp.where(kept_in(plan, words, tile), weights, 0)
-            products = jnp.einsum("bhsv,bhst->bhvt", v, weights.astype(v.dtype), preferred_element_type=wide)
-            return new_top, total, sums * shrink[:, :, None] + products, measured
+            products = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v.dtype), v, preferred_element_type=wide)
+            return new_top, total, sums * shrink + products, measured
 
         # The floor is finite, so that a row that sees nothing gives exp(-inf) = 0 and not exp(-inf + inf).
-        top = jnp.full((batch, heads, t.size), jnp.finfo(wide).min, wide)
-        sums, measured = (jnp.zeros((batch, heads, *shape), wide) for shape in ((V, t.size), (t.size, len(measures))))
+        top = jnp.full((batch, heads, t.size, 1), jnp.finfo(wide).min, wide)
+        sums, measured = (jnp.zeros((batch, heads, t.size, width), wide) for width in (V, len(measures)))
         state = for_each(tiles, i % rows, h, visit, (top, jnp.zeros_like(top), sums, measured))
         top, total, sums, measured = state
         out_BTHV, lse_BHT, measured_BHTN = carry
         share = jnp.where(total > 0, 1, 0) / jnp.where(total > 0, total, 1)
-        out = (sums * (share / (1 - plan.dropout_rate))[:, :, None]).swapaxes(2, 3)
-        lse = jnp.where(total > 0, top + jnp.log(total), 0)
+        lse = jnp.where(total > 0, top + jnp.log(total), 0)[..., 0]
         if measures:
             # The greatest weight is exp(top - top) / total.
-            measured = jnp.concatenate([share[..., None], measured * share[..., None]], axis=-1)
+            measured = jnp.concatenate([share, measured * share], axis=-1)
             measured_BHTN = lax.dynamic_update_slice(measured_BHTN, measured, (0, h.start, t.start, 0))
-        return store(out_BTHV, out, h, t), lax.dynamic_update_slice(lse_BHT, lse, (0, h.start, t.start)), measured_BHTN
+        out_BTHV = store(out_BTHV, sums * (share / (1 - plan.dropout_rate)), h, t)
+        return out_BTHV, lax.dynamic_update_slice(lse_BHT, lse, (0, h.start, t.start)), measured_BHTN
 
     out_BTHV = jnp.zeros((*q_BTHK.shape[:3], V), q_BTHK.dtype)
     lse_BHT = jnp.zeros((batch, plan.heads, queries), wide)
@@ -182,12 +182,12 @@ def _backward(
                 lax.dynamic_slice(x, (0, h.start, tile.t.start), (batch, heads, tile.t.size))[:, :, None]
                 for x in (lse_BHT, inner_BHT)
             )
-            weights = jnp.exp(logits_of(plan, q, k, visible) - lse)
+            weights = jnp.exp(logits_of(plan, k, q, None if visible is None else visible.swapaxes(2, 3)) - lse)
             dout = load(dout_BTHV, h, tile.t)
             dweights = jnp.einsum("bhsv,bhtv->bhst", v, dout, preferred_element_type=wide)
             kept = weights
             if plan.dropout_rate:
-                keep, grow = kept_in(plan, words, tile), 1 / (1 - plan.dropout_rate)
+                keep, grow = kept_in(plan, words, tile).swapaxes(2, 3), 1 / (1 - plan.dropout_rate)
                 kept, dweights = jnp.where(keep, weights * grow, 0), jnp.where(keep, dweights * grow, 0)
             dlogits = (weights * (dweights - inner)).astype(q.dtype)
             dv = dv + jnp.einsum("bhst,bhtv->bhsv", kept.astype(q.dtype), dout, preferred_element_type=wide)

@@ -1,7 +1,4 @@
-"""One tile of the square, for some heads: what it reads and writes, what of it is visible, and its logits.
-
-Keys come before queries inside a tile, [B, h, s, t].
-"""
+"""One tile of the square, for some heads: what it reads and writes, what of it is visible, and its logits."""
 
 import functools
 from collections.abc import Callable
@@ -44,34 +41,34 @@ def add(x_BTHX: Array, tile_BhtX: Array, h: Span, t: Span) -> Array:
 
 
 def visible_in(plan: Plan, rule: Rule, tile: Tile) -> Array | None:
-    """The mask of a tile, [b, h, s, t] with 1 where it does not vary; None where all of it is visible."""
+    """The mask of a tile, [b, h, t, s] with 1 where it does not vary; None where all of it is visible."""
     if not tile.masked:
         return None
     heads = None if plan.num_steps == 1 else tile.h
-    return rule.at(None, heads, tile.t, tile.s).swapaxes(2, 3)
+    return rule.at(None, heads, tile.t, tile.s)
 
 
 def clean(plan: Plan, visible: Array | None, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """Zeroes what the tile hides whole, keys from all queries and queries from all keys: 0 * NaN would reach others."""
     if visible is None or plan.all_seen:
         return q, k, v
-    sees, seen = visible.any(2)[..., None], visible.any(3)[..., None]
+    sees, seen = visible.any(3)[..., None], visible.any(2)[..., None]
     return jnp.where(sees, q, 0), jnp.where(seen, k, 0), jnp.where(seen, v, 0)
 
 
 def kept_in(plan: Plan, words: Any, tile: Tile) -> Array:
-    """Which weights of a tile dropout keeps, [B, h, s, t]."""
+    """Which weights of a tile dropout keeps, [B, h, t, s]."""
     first, second = (word.reshape(-1, 1, 1, 1) for word in words)
-    h, t, s = tile.h.index[None, :, None, None], tile.t.index[None, None, None, :], tile.s.index[None, None, :, None]
+    h, t, s = tile.h.index[None, :, None, None], tile.t.index[None, None, :, None], tile.s.index[None, None, None, :]
     return attention_keep_block(first, second, h, t, s, plan.dropout_rate)
 
 
-def logits_of(plan: Plan, q: Array, k: Array, visible: Array | None) -> Float[Array, "B h s t"]:
-    """Scaled products of keys and queries, in float32 at least; -inf where a key is hidden."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    # Scaling the queries is the cheaper place, where it loses no digits.
-    q, rest = (q * plan.scale, 1.0) if q.dtype == wide else (q, plan.scale)
-    logits = jnp.einsum("bhsk,bhtk->bhst", k, q, preferred_element_type=wide) * rest
+def logits_of(plan: Plan, x: Array, y: Array, visible: Array | None) -> Float[Array, "B h x y"]:
+    """Scaled products of queries and keys, either first, in float32 at least; -inf where a key is hidden."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Scaling one side is cheaper than scaling the products, where it loses no digits.
+    y, rest = (y * plan.scale, 1.0) if y.dtype == wide else (y, plan.scale)
+    logits = jnp.einsum("bhxk,bhyk->bhxy", x, y, preferred_element_type=wide) * rest
     return logits if visible is None else jnp.where(visible, logits, -jnp.inf)
 
 
