@@ -96,7 +96,8 @@ def check_call(
     if not 0 <= dropout_rate < 1:
         raise UserError(f"dropout_rate={dropout_rate!r} must be at least 0 and below 1")
     rate = float(dropout_rate)
-    return Call(batch, queries, keys, heads, groups, num_groups, qk_dim, v.shape[3], q.dtype, visibility, rate)
+    sizes = (batch, queries, keys, heads, groups, num_groups, qk_dim, v.shape[3])
+    return Call(*sizes, q.dtype, visibility, rate, _partitioned.get())
 
 
 class Choice(NamedTuple):
@@ -134,6 +135,19 @@ def choose_backend(name: str, call: Call) -> Choice:
             return Choice(candidate, refused)
         refused[candidate] = reason
     raise AssertionError("blockwise serves every call")
+
+
+_partitioned: contextvars.ContextVar[bool] = contextvars.ContextVar("partitioned", default=False)
+
+
+@contextlib.contextmanager
+def partitioned(value: bool) -> Iterator[None]:
+    """What is traced inside is to be split over several devices by the compiler, or not: `Call.partitioned`."""
+    token = _partitioned.set(value)
+    try:
+        yield
+    finally:
+        _partitioned.reset(token)
 
 
 _notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)

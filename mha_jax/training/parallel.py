@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mha_jax.attention import noting_backends
+from mha_jax.attention.attend import noting_backends, partitioned
 from mha_jax.specs import RunSpec
 from mha_jax.training.losses import Batch
 from mha_jax.training.step import State, evaluate_step, init_state, peak_bytes, train_step
@@ -93,12 +93,16 @@ class JitProgram:
         rows = next(iter(examples.values())).shape[0]
         return examples if rows % self.mesh.shape["data"] else jax.device_put(examples, self._eval_sharding)
 
+    def _splits(self, name: str) -> bool:
+        """Whether the compiler splits the program of this name over devices."""
+        return self.mesh.size > 1
+
     def compiled_for(self, name: str, function: Any, *args: Any) -> Any:
         """The function compiled for these arguments, the last a batch; once a name and shape, and on the clock."""
         key = (name, tuple(sorted((k, v.shape) for k, v in args[-1].items())))
         if key not in self._compiled:
             start = time.perf_counter()
-            with noting_backends() as notes:
+            with partitioned(self._splits(name)), noting_backends() as notes:
                 compiled = self._compiled[key] = function.lower(*args).compile()
             self.attention += [note for note in notes if note not in self.attention]
             self.compile_seconds += time.perf_counter() - start
@@ -124,6 +128,9 @@ class PmapProgram(JitProgram):
 
     def init(self) -> State:
         return self.load(super().init())
+
+    def _splits(self, name: str) -> bool:
+        return super()._splits(name) and name != "step"  # each device has a step of its own
 
     def load(self, state: State) -> State:
         count = len(self._devices)

@@ -8,7 +8,11 @@ from mha_jax.attention.rule import Rule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """Sizes are in the letters of `mha_jax.attention.multihead`; `groups` holds the group that each head reads."""
+    """Sizes are in the letters of `mha_jax.attention.multihead`; `groups` holds the group that each head reads.
+
+    `partitioned` tells that the compiler is to split the program over several devices, which it cannot do with kernels
+    that are written by hand.
+    """
 
     batch: int
     queries: int
@@ -21,6 +25,7 @@ class Call:
     dtype: Any
     rule: Rule
     dropout_rate: float
+    partitioned: bool = False
 
     @property
     def regular(self) -> bool:
