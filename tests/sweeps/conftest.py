@@ -44,11 +44,14 @@ sys.path.insert(0, os.getcwd())
 play = types.ModuleType("mha_jax.training.loop")
 package = types.ModuleType("mha_jax.training")
 package.loop = play
+devices = types.ModuleType("mha_jax.training.devices")
+devices.use_cores = lambda run: None
 jax = types.ModuleType("jax")  # importing the real one would take most of the test's time
 jax.config = types.SimpleNamespace(update=lambda name, value: None)
 jax.devices = lambda: [types.SimpleNamespace(platform="cpu", device_kind="cpu")]
 jax.device_count = lambda: 1
-sys.modules |= {"mha_jax.training": package, "mha_jax.training.loop": play, "jax": jax}
+sys.modules |= {"mha_jax.training": package, "mha_jax.training.loop": play, "mha_jax.training.devices": devices}
+sys.modules["jax"] = jax
 
 from mha_jax.specs import UserError
 from mha_jax.sweeps import cell
