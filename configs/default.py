@@ -51,6 +51,8 @@ def get_config(profile: str = "") -> ConfigDict:
     model.init = "independent"
     model.dtype = "float32"
     model.backend = "auto"
+    model.layers = "unrolled"
+    model.remat = "none"
 
     config.data = data = ConfigDict()
     data.source = "embedded"

@@ -1,53 +1,118 @@
-"""Times what the library does: `python -m experiments.bench WHAT`.
+"""Times what the library does: `python -m experiments.bench WHAT [--flags]`.
 
-train_step   a step of a language model at several head counts, next to its matrix products alone and to PyTorch's step
-             (PyTorch from requirements-bench.txt)
+attention    self-attention with projections: our backends, jax.nn, flax.nnx and PyTorch, by head count
+sparse       attention under each pattern over growing lengths: exponent, gain over dense, time for what is visible
+decode       one cached token by head count and key/value heads, next to one read of the cache
+memory       forward and backward over one long input: what this process holds
+layers       a step with layers unrolled or scanned, kept or computed again: compile time, step time, memory
+train_step   a step of a language model, next to its matrix products alone and to PyTorch's step
+
+`bench WHAT --help` names its flags. PyTorch is in requirements-bench.txt; without it the rest is timed.
 """
 
+import dataclasses
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from absl import flags
 
 from experiments import cli
-from mha_jax.benchmarks import tables, train_step
+from mha_jax.benchmarks import attention, decode, layers, memory, plots, sparse, tables, train_step
 from mha_jax.benchmarks.environment import environment
 from mha_jax.specs import UserError
 
-_SIZES = {"num_layers": 4, "d_model": 256, "d_ff": 1024, "length": 256, "batch_size": 16}
+
+class Verb(NamedTuple):
+    """What is timed: its setting, whose fields are the flags, and how the result is taken, told and drawn."""
+
+    setting: Any
+    measure: Callable[[Any], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+    figure: Callable[[dict[str, Any]], Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayersSetting:
+    """What is timed: a training step of a language model at each depth, in every way to run its layers."""
+
+    rounds: int = 5
+    depths: tuple[int, ...] = (4, 12, 24)
+    num_heads: int = 4
+    d_model: int = 64
+    d_ff: int = 256
+    length: int = 64
+    batch_size: int = 8
+
+
+def _measure_layers(setting: LayersSetting) -> dict[str, Any]:
+    return {"rows": layers.measure_layers(**dataclasses.asdict(setting))}
+
+
+VERBS = {
+    "attention": Verb(attention.Setting, attention.measure, tables.attention_tables, plots.attention_figure),
+    "sparse": Verb(sparse.Setting, sparse.measure, tables.sparse_tables, plots.sparse_figure),
+    "decode": Verb(decode.Setting, decode.measure, tables.decode_table, plots.decode_figure),
+    "memory": Verb(memory.Setting, memory.measure, tables.memory_table, None),
+    "layers": Verb(LayersSetting, _measure_layers, tables.layers_table, None),
+    "train_step": Verb(train_step.Setting, train_step.measure, tables.train_step, plots.train_step_figure),
+}
+
+
+def _define(setting: Any, values: flags.FlagValues) -> None:
+    """One flag a field; tuples are lists with commas."""
+    for field in dataclasses.fields(setting):
+        about, default = field.name.replace("_", " "), cast(Any, field.default)
+        if isinstance(default, tuple):
+            listed = ",".join(map(str, default))
+            flags.DEFINE_list(field.name, listed, f"{about}, with commas between", flag_values=values)
+        elif isinstance(default, bool):
+            flags.DEFINE_bool(field.name, default, about, flag_values=values)
+        elif field.type in (int, int | None):
+            flags.DEFINE_integer(field.name, default, about, lower_bound=1, flag_values=values)
+        else:
+            flags.DEFINE_string(field.name, default, about, flag_values=values)
+
+
+def _given(field: dataclasses.Field[Any], value: Any) -> Any:
+    if not isinstance(field.default, tuple):
+        return value
+    if not isinstance(field.default[0], int):
+        return tuple(value)
+    if not value or not all(part.isdecimal() and int(part) for part in value):
+        raise UserError(f"--{field.name}={','.join(value)} must be positive integers with commas between")
+    return tuple(map(int, value))
 
 
 def main(argv: list[str]) -> int:
+    named = [argument for argument in argv[1:] if argument in VERBS]
+    if len(named) != 1:
+        if "--help" in argv or "-h" in argv:
+            print(__doc__)
+            return 0
+        raise UserError(
+            f"say what to time, one of {', '.join(VERBS)}, for instance: python -m experiments.bench attention"
+        )
+    verb = VERBS[named[0]]
     values = flags.FlagValues()
-    flags.DEFINE_list("heads", "1,4,16,32", "Head counts; heads times width is d_model.", flag_values=values)
-    flags.DEFINE_integer("rounds", 15, "How often each contestant is timed.", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("profile", False, "Time the parts of our step as well.", flag_values=values)
+    _define(verb.setting, values)
     flags.DEFINE_string("out", None, "JSON file for times, machine, versions and command.", flag_values=values)
-    for name, size in _SIZES.items():
-        flags.DEFINE_integer(name, size, "Size of the model and its batch.", flag_values=values)
-    cli.parse(values, [argv[0], *(argument for argument in argv[1:] if argument != "train_step")], __doc__)
-    if "train_step" not in argv:
-        raise UserError("say what to time, for instance: python -m experiments.bench train_step")
-    if not all(count.isdecimal() and int(count) for count in values.heads):
-        raise UserError(f"--heads={','.join(values.heads)} must be positive integers with commas between")
+    flags.DEFINE_string("plot", None, "Figure as .png and .svg; default: next to --out.", flag_values=values)
+    cli.parse(values, [argument for argument in argv if argument != named[0]], verb.setting.__doc__)
+    setting = verb.setting(**{f.name: _given(f, values[f.name].value) for f in dataclasses.fields(verb.setting)})
 
-    sizes: dict[str, Any] = {name: values[name].value for name in _SIZES}
-    runs = [train_step.language_model(int(count), **sizes) for count in values.heads]
-    result: dict[str, Any] = {
-        "benchmark": "train_step",
-        "command": shlex.join(["python", "-m", "experiments.bench", *argv[1:]]),
-    }
-    result |= {"environment": environment(), "sizes": sizes, "rounds": values.rounds}
-    result |= train_step.measure(runs, values.rounds)
-    print(tables.step_table(result["rows"]), *result["notes"], sep="\n")
-    if values.profile:
-        result["profile"] = {run.model.num_heads: train_step.profile(run, values.rounds) for run in runs}
-        for num_heads, rows in result["profile"].items():
-            print(f"\n{num_heads} heads\n\n{tables.profile_table(rows)}")
+    measured = verb.measure(setting)
+    command = shlex.join(["python", "-m", "experiments.bench", *argv[1:]])
+    result = {"benchmark": named[0], "command": command, "environment": environment()}
+    result |= {"setting": dataclasses.asdict(setting), **measured}
+    print(verb.table(result))
     if values.out:
+        Path(values.out).parent.mkdir(parents=True, exist_ok=True)
         Path(values.out).write_text(json.dumps(result, indent=1) + "\n")
+    if verb.figure and (values.plot or values.out):
+        plots.write(verb.figure, result, Path(values.plot or values.out))
     return 0
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mha_jax.attention.attend import attend, broadcast_gate, choose_backend
+from mha_jax.attention.attend import attend, broadcast_gate, check_backend
 from mha_jax.attention.rotary import rotate
 from mha_jax.attention.visibility import Full, Rule
 from mha_jax.specs import HeadShape, UserError
@@ -88,7 +88,7 @@ class MultiHeadAttention(nnx.Module):
         memory_dim = d_model if memory_dim is None else memory_dim
         if rope and shape.num_heads and shape.qk_dim % 2:
             raise UserError(f"rope=True turns pairs of features: qk_dim={shape.qk_dim} must be even")
-        choose_backend(backend)
+        check_backend(backend)
         self.d_model, self.memory_dim, self.shape = d_model, memory_dim, shape
         self.dropout_rate, self.rope, self.backend = dropout_rate, rope, backend
 

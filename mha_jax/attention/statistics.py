@@ -64,8 +64,8 @@ def attend_with_statistics(
     if 0 in (batch, queries, keys, heads):
         empty = jnp.zeros((batch, queries, heads), jnp.float32)
         return jnp.zeros((batch, queries, heads, v.shape[3]), q.dtype), HeadStatistics(*[empty] * 5)
-    scale = qk_dim**-0.5 if scale is None else scale
-    plan, rule = make_plan(visibility, batch, queries, keys, heads, scale, 0.0)
+    factor = qk_dim**-0.5 if scale is None else scale
+    plan, rule = make_plan(visibility, batch, queries, keys, heads, factor, 0.0)
     k, v = (blockwise.pad(blockwise.by_head(x, call.groups), plan.tiles.key_length) for x in (k, v))
     measures = (_expected, _distance, _first, _diagonal)
     q = blockwise.pad(q, plan.tiles.query_length)

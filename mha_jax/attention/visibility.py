@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from mha_jax.attention.regions import Bounds, Rectangles, Span, multiple_within
@@ -180,8 +180,8 @@ class Dense(Rule):
         return array.reshape((1,) * (4 - array.ndim) + array.shape)
 
     def check(self, query_length: int, key_length: int) -> None:
-        shape = self._mask().shape
-        if len(shape) > 4 or shape[-2] not in (1, query_length) or shape[-1] not in (1, key_length):
+        *others, rows, columns = self._mask().shape
+        if len(others) > 2 or rows not in (1, query_length) or columns not in (1, key_length):
             raise UserError(
                 f"Dense mask of shape {jnp.shape(self.array)} does not broadcast to "
                 f"[B, H, T={query_length}, S={key_length}]"
@@ -213,7 +213,7 @@ _MOST_KNOWN = 2**26  # numbers of a mask that are worth looking through before a
 
 def known(array: Any) -> np.ndarray | None:
     """The array's values, or None while it is traced."""
-    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+    return None if isinstance(array, Tracer) else np.asarray(array)
 
 
 def _filled(mask_hts: np.ndarray, where: Rectangles) -> np.ndarray:

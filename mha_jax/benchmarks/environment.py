@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from mha_jax.cores import num_cores
 from mha_jax.sweeps.provenance import commit, versions
 
 
@@ -20,6 +20,16 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def torch_device() -> str | None:
+    """Where PyTorch stands beside JAX: "cpu" or "cuda"; None where it is not installed or has no such device."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch  # pyright: ignore[reportMissingImports]
+
+    wanted = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    return None if wanted == "cuda" and not torch.cuda.is_available() else wanted
+
+
 def environment() -> dict[str, Any]:
     """Processor, cores this process may use, accelerator, system, versions and commit."""
     found = versions()
@@ -27,8 +37,9 @@ def environment() -> dict[str, Any]:
         found["torch"] = importlib.metadata.version("torch")
     return {
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": found,
         "commit": commit(),

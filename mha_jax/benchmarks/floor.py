@@ -22,12 +22,24 @@ def project(weights: Weights, x_ND: Float[Array, "N D"]) -> tuple[Array, Array, 
 
 
 def square(
-    q: Float[Array, "N HK"], k: Float[Array, "N HK"], v: Float[Array, "N HV"], heads: HeadShape, length: int
+    q: Float[Array, "N HK"],
+    k: Float[Array, "N HK"],
+    v: Float[Array, "N HV"],
+    heads: HeadShape,
+    length: int,
+    keys: int | None = None,
 ) -> Float[Array, "N HV"]:
-    """The two batched products of attention, over the whole T x T square of every head."""
+    """The two batched products of attention, over the whole T x T square of every head or its first `keys` columns."""
     H, K, V = heads.num_heads, heads.qk_dim, heads.v_dim
-    logits = jnp.matmul(q.reshape(-1, length, K), k.reshape(-1, K, length))
-    return jnp.matmul(logits, v.reshape(-1, length, V)).reshape(-1, H * V)
+    logits = jnp.matmul(q.reshape(-1, length, K), k.reshape(-1, K, length)[..., :keys])
+    return jnp.matmul(logits, v.reshape(-1, length, V)[:, :keys]).reshape(-1, H * V)
+
+
+def causal_layer(weights: Weights, x_BTD: Float[Array, "B T D"], heads: HeadShape) -> Float[Array, "B T D"]:
+    """The products of one causal self-attention layer: its projections, and half of every square, as columns."""
+    batch, length, d_model = x_BTD.shape
+    o = square(*project(weights, x_BTD.reshape(-1, d_model)), heads, length, (length + 1) // 2)
+    return jnp.matmul(o, weights["out"]).reshape(batch, length, d_model)
 
 
 def feed_forward(weights: Weights, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
@@ -71,9 +83,3 @@ def with_backward(function: Callable[..., Any], *inputs: Any) -> Callable[[], ob
         return outputs, pull(cotangents)
 
     return lambda: jax.block_until_ready(both(inputs, cotangents))
-
-
-def floor_step(run: RunSpec) -> Callable[[], object]:
-    """One step's matrix products, forward and backward, chained as in the model."""
-    x_ND = jax.random.normal(jax.random.key(2), (run.data.batch_size * run.data.length, run.model.d_model))
-    return with_backward(lambda weights, x: forward(run, weights, x), draw_weights(run), x_ND)

@@ -1,9 +1,12 @@
 """Times as markdown, for the terminal and for docs/benchmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mha_jax.benchmarks import attention, decode
 from mha_jax.benchmarks.train_step import FLOOR, OURS
+
+Result = dict[str, Any]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,6 +21,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _under(table: str, *lines: str) -> str:
+    """A table and what stands under it, a paragraph each."""
+    return "\n\n".join([table, *lines])
+
+
+def _pick(values: Mapping[str, Any], name: str, show: Callable[[Any], str]) -> str:
+    """A value as it is shown; a dash where it was not measured."""
+    return "-" if values.get(name) is None else show(values[name])
 
 
 def _spread(summary: dict[str, float], digits: int) -> str:
@@ -45,6 +58,12 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(header, [cells(row) for row in rows])
 
 
+def train_step(result: Result) -> str:
+    """Steps by head count, and the profiles where they were taken."""
+    profiles = [f"{heads} heads\n\n{profile_table(rows)}" for heads, rows in result["profile"].items()]
+    return _under(step_table(result["rows"]), *result["notes"], *profiles)
+
+
 def profile_table(rows: Sequence[dict[str, Any]]) -> str:
     """One row a part: milliseconds in a step, its share of the step, its matrix products alone, and what is over."""
     step = rows[-1]["ms"]
@@ -60,3 +79,99 @@ def profile_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
 
     return markdown(["part", "ms a step", "share", "its products alone, ms", "over, ms"], [cells(row) for row in rows])
+
+
+def attention_tables(result: Result) -> str:
+    """A mode each: one row a head count with every contestant's milliseconds, and what they plan to hold in memory."""
+    parts = []
+    for mode, rows in _by(result["rows"], "mode").items():
+        names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+        ratios = [f"ours / {attention.RIVAL}", f"ours / h={rows[0]['fewest_heads']}", "floor's share", "of the rate"]
+
+        def cells(row: dict[str, Any], names: list[str] = names) -> list[str]:
+            start = [f"{row['num_heads']} x {row['qk_dim']}"]
+            times = [_pick(row["ms"], name, lambda ms: _spread(ms, 1)) for name in names]
+            rival = _pick(row["ratio"], attention.RIVAL, lambda ratio: _spread(ratio, 2))
+            over = _spread(row["over_fewest_heads"], 2)
+            share = f"{100 / row['ratio'][attention.FLOOR]['median']:.0f} %"
+            return [*start, *times, rival, over, share, f"{100 * row['rate_share']:.0f} %"]
+
+        def held(row: dict[str, Any], names: list[str] = names) -> list[str]:
+            sizes = [_pick(row["peak_bytes"], name, lambda size: f"{size / 1e6:,.0f}") for name in names]
+            return [f"{row['num_heads']} x {row['qk_dim']}", *sizes]
+
+        header = ["heads x width", *(f"{name} ms" for name in names), *ratios]
+        parts += [f"{mode}, {result['dtype']}", markdown(header, [cells(row) for row in rows])]
+        parts += [f"{mode}, peak memory, MB", markdown(["heads x width", *names], [held(row) for row in rows])]
+    rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in result["gflops"].items())
+    return _under("\n\n".join(parts), f"Plain matrix product, GFLOP/s: {rates}.", *result["notes"])
+
+
+def sparse_tables(result: Result) -> str:
+    """A mode each: milliseconds by rule and length with the fitted exponent, and what the rule saves of dense."""
+    parts = []
+    for mode, rows in _by(result["rows"], "mode").items():
+        lengths = list(dict.fromkeys(row["length"] for row in rows))
+        fits = {fit["rule"]: fit["fit"] for fit in result["fits"] if fit["mode"] == mode}
+        times, savings = [], []
+        for rule, own in _by(rows, "rule").items():
+            ms = {row["length"]: _spread(row["ms"], 1) for row in own}
+            fit = _pick(fits, rule, lambda f: f"{f['exponent']:.2f} [{f['low']:.2f}, {f['high']:.2f}]")
+            times.append([rule, *(ms.get(length, "-") for length in lengths), fit])
+            for row in own:
+                if "speedup" in row:
+                    gains = [_spread(row["speedup"], 1), _spread(row["cost_ratio"], 2)]
+                    savings.append([rule, str(row["length"]), f"{100 * row['visible']:.2f} %", *gains])
+        header = ["rule", *(f"{length} ms" for length in lengths), "exponent [95 %]"]
+        parts += [f"{mode}, {result['dtype']}", markdown(header, times)]
+        if savings:
+            header = ["rule", "length", "visible of dense", "times faster than dense", "time / (visible x dense)"]
+            parts.append(markdown(header, savings))
+    return _under("\n\n".join(parts), *result["notes"])
+
+
+def decode_table(result: Result) -> str:
+    """One row a length, head count and number of groups: milliseconds a token, bytes cached, and their rate."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["ms"]))
+    others = [name for name in names if name != decode.OURS]
+    header = ["length", "heads", "kv heads", "cache MB", *(f"{name} ms" for name in names), f"{decode.OURS} GB/s"]
+    header += [f"{decode.OURS} / {name}" for name in others]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        sizes = [str(row["length"]), str(row["num_heads"]), str(row["num_kv_heads"]), f"{row['cache_bytes'] / 1e6:.1f}"]
+        times = [_spread(row["ms"][name], 2) for name in names]
+        rate = f"{row['gbytes_per_second'][decode.OURS]:.1f}"
+        return [*sizes, *times, rate, *(_spread(row["ratio"][name], 2) for name in others)]
+
+    return _under(markdown(header, [cells(row) for row in result["rows"]]), *result["notes"])
+
+
+def memory_table(result: Result) -> str:
+    """The process's most resident memory before and after, and XLA's plan."""
+    header = ["heads", "length", "peak of the process GB", "before GB", "XLA's plan GB"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        sizes = [
+            _pick(row, name, lambda size: f"{size / 1e9:.2f}")
+            for name in ("peak_bytes", "before_bytes", "planned_bytes")
+        ]
+        return [str(row["num_heads"]), str(row["length"]), *sizes]
+
+    return markdown(header, [cells(row) for row in result["rows"]])
+
+
+def layers_table(result: Result) -> str:
+    """One row a depth and a way of running its layers: seconds to compile, milliseconds a step, megabytes planned."""
+    header = ["layers, remat", "depth", "compile s", "step ms", "peak MB"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        peak = _pick(row, "peak_bytes", lambda size: f"{size / 1e6:,.1f}")
+        step = _spread(row["step_ms"], 1)
+        return [f"{row['layers']}, {row['remat']}", str(row["num_layers"]), f"{row['compile_seconds']:.1f}", step, peak]
+
+    return markdown(header, [cells(row) for row in result["rows"]])
+
+
+def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
+    """Rows under each value of one of their fields, in order."""
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}

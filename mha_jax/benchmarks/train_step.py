@@ -1,14 +1,15 @@
 """One training step of a language model at several head counts: ours, its matrix products alone, and PyTorch's."""
 
+import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from mha_jax.benchmarks.floor import floor_step
+from mha_jax.benchmarks import floor, programs
 from mha_jax.benchmarks.parts import floor_parts, model_parts
 from mha_jax.benchmarks.rounds import paired_ratio, race, summary
 from mha_jax.specs import (
@@ -60,9 +61,9 @@ def random_batch(run: RunSpec) -> dict[str, np.ndarray]:
     return {"inputs": tokens[0], "targets": tokens[1], "weights": np.ones(shape, np.float32), "row": rows}
 
 
-def our_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], None]:
-    """One call of the very program that training runs, on one device."""
-    program = make_program(run, jax.devices()[:1])
+def our_step(run: RunSpec, batch: dict[str, np.ndarray], devices: programs.Devices) -> Callable[[], None]:
+    """One call of the very program that training runs, the batch spread over the devices."""
+    program = make_program(run, devices)
     state = program.init()
     stacked = {name: leaf[None] for name, leaf in batch.items()}
 
@@ -72,6 +73,19 @@ def our_step(run: RunSpec, batch: dict[str, np.ndarray]) -> Callable[[], None]:
         jax.block_until_ready((state, metrics))
 
     return step
+
+
+def floor_step(run: RunSpec, devices: programs.Devices) -> Callable[[], object]:
+    """The step's matrix products alone, forward and backward, chained as in the model and spread as the step is."""
+    x_ND = jax.random.normal(jax.random.key(2), (run.data.batch_size * run.data.length, run.model.d_model))
+    weights = floor.draw_weights(run)
+
+    def products(weights: Any, x_ND: jax.Array) -> jax.Array:
+        return floor.forward(run, weights, x_ND)
+
+    out = jax.eval_shape(products, weights, x_ND)
+    cotangent = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
+    return programs.program(products, programs.BOTH, weights, x_ND, cotangent, devices).call
 
 
 def torch_steps(run: RunSpec, batch: dict[str, np.ndarray]) -> tuple[dict[str, Callable[[], object]], list[str]]:
@@ -95,23 +109,48 @@ def torch_steps(run: RunSpec, batch: dict[str, np.ndarray]) -> tuple[dict[str, C
     return {**steps, COMPILED: compiled}, []
 
 
-def measure(runs: Sequence[RunSpec], rounds: int) -> dict[str, Any]:
-    """Times all contestants of all runs in turns.
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is timed: a step of a language model at each head count; with `profile` the parts of our step as well."""
+
+    heads: tuple[int, ...] = (1, 4, 16, 32)
+    num_layers: int = 4
+    d_model: int = 256
+    d_ff: int = 1024
+    length: int = 256
+    batch_size: int = 16
+    devices: int | None = None
+    rounds: int = 15
+    profile: bool = False
+
+    @property
+    def runs(self) -> list[RunSpec]:
+        """One a head count."""
+        sizes = {name: getattr(self, name) for name in ("num_layers", "d_model", "d_ff", "length", "batch_size")}
+        return [language_model(num_heads, **sizes) for num_heads in self.heads]
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Times all contestants of all head counts in turns.
 
     Returns: "rows", one a run: "seconds" of every round by contestant, "step_ms" and "tokens_per_second" from their
-    medians, "ratio" of our step to each other contestant's, taken round by round; and "notes".
+    medians, "ratio" of our step to each other contestant's, taken round by round; "notes"; and with profile "profile",
+    a head count's parts.
     """
     contestants: dict[tuple[int, str], Callable[[], object]] = {}
     notes: list[str] = []
+    runs = setting.runs
+    devices = programs.share_out(setting.batch_size, programs.use_devices(setting.devices))
     for index, run in enumerate(runs):
         batch = random_batch(run)
         peers, missing = torch_steps(run, batch)
-        steps = {OURS: our_step(run, batch), FLOOR: floor_step(run), **peers}
+        steps = {OURS: our_step(run, batch, devices), FLOOR: floor_step(run, devices), **peers}
         contestants |= {(index, name): step for name, step in steps.items()}
         notes += [line for line in missing if line not in notes]
-    seconds = race(contestants, rounds)
+    seconds = race(contestants, setting.rounds)
     rows = [result_row(run, {name: s for (of, name), s in seconds.items() if of == i}) for i, run in enumerate(runs)]
-    return {"rows": rows, "notes": notes}
+    profiles = {run.model.num_heads: profile(run, setting.rounds) for run in runs} if setting.profile else {}
+    return {"rows": rows, "notes": notes, "profile": profiles}
 
 
 def result_row(run: RunSpec, seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -131,13 +170,14 @@ def result_row(run: RunSpec, seconds: dict[str, list[float]]) -> dict[str, Any]:
 def profile(run: RunSpec, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of each part in a step, and of its matrix products, and what the parts leave of the whole step.
 
-    Parts are compiled and timed alone, so a part pays for reading what the whole step has in cache or fuses away.
+    All is on the first device. Parts are compiled and timed alone, so a part pays for reading what the whole step has
+    in cache or fuses away.
     """
     batch = random_batch(run)
     parts, products = model_parts(run, jax.tree.map(jax.numpy.asarray, batch)), floor_parts(run)
     calls = {("part", name): call for name, (_, call) in parts.items()}
     calls |= {("products", name): call for name, (_, call) in products.items()}
-    seconds = race({**calls, ("step", ""): our_step(run, batch)}, rounds)
+    seconds = race({**calls, ("step", ""): our_step(run, batch, jax.devices()[:1])}, rounds)
 
     def milliseconds(kind: str, name: str, times: int) -> float:
         return 1e3 * times * summary(seconds[kind, name])["median"]

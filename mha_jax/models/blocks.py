@@ -1,10 +1,13 @@
 """One Transformer block, and a stack of them with heads of its own in every layer."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from mha_jax.attention.dropout import dropout
@@ -14,6 +17,14 @@ from mha_jax.models.positions import Positions
 from mha_jax.specs import HeadShape, ModelSpec
 
 Keys = Key[Array, " B"] | None
+# What blocks read beside x: the rule of self-attention, a memory, and the rule of attention to it.
+Context = tuple[Rule, Float[Array, "B S D"] | None, Rule | None]
+
+# What a block keeps for its backward pass: products of activations with weights, or nothing but its input.
+_SAVED = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def param_dtype(spec: ModelSpec) -> DTypeLike:
@@ -21,7 +32,7 @@ def param_dtype(spec: ModelSpec) -> DTypeLike:
     return jnp.float64 if spec.dtype == "float64" else jnp.float32
 
 
-def fold(keys: Keys, number: int) -> Keys:
+def fold(keys: Keys, number: int | Int[Array, ""]) -> Keys:
     """Keys for one use of randomness: the same wherever the example is computed, and None for evaluation."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
@@ -105,10 +116,30 @@ class Block(nnx.Module):
         x_BTD = x_BTD + y_BTD.astype(x_BTD.dtype)
         return norm(x_BTD).astype(x_BTD.dtype) if self.norm == "post" else x_BTD
 
-    def feed(self, x_BTD: Float[Array, "B T D"], keys: Keys = None) -> Float[Array, "B T D"]:
+    def attend(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        visibility: Rule,
+        memory_BSD: Float[Array, "B S D"] | None = None,
+        memory_visibility: Rule | None = None,
+        *,
+        dropout_keys: Keys = None,
+    ) -> Float[Array, "B T D"]:
+        """The attention sublayers with their residuals."""
+        y_BTD = self.before(x_BTD, self.attention_norm)
+        y_BTD = self.attention(y_BTD, visibility=visibility, dropout_key=fold(dropout_keys, 0))
+        x_BTD = self.after(x_BTD, y_BTD, self.attention_norm, fold(dropout_keys, 1))
+        if memory_BSD is not None:
+            y_BTD = self.before(x_BTD, self.cross_attention_norm)
+            rule = Full() if memory_visibility is None else memory_visibility
+            y_BTD = self.cross_attention(y_BTD, memory_BSD, visibility=rule, dropout_key=fold(dropout_keys, 2))
+            x_BTD = self.after(x_BTD, y_BTD, self.cross_attention_norm, fold(dropout_keys, 3))
+        return x_BTD
+
+    def feed(self, x_BTD: Float[Array, "B T D"], dropout_keys: Keys = None) -> Float[Array, "B T D"]:
         """The feed-forward sublayer with its residual."""
         y_BTD = self.feed_forward(self.before(x_BTD, self.feed_forward_norm))
-        return self.after(x_BTD, y_BTD, self.feed_forward_norm, keys)
+        return self.after(x_BTD, y_BTD, self.feed_forward_norm, fold(dropout_keys, 4))
 
     def __call__(
         self,
@@ -119,25 +150,57 @@ class Block(nnx.Module):
         *,
         dropout_keys: Keys = None,
     ) -> Float[Array, "B T D"]:
-        y_BTD = self.before(x_BTD, self.attention_norm)
-        y_BTD = self.attention(y_BTD, visibility=visibility, dropout_key=fold(dropout_keys, 0))
-        x_BTD = self.after(x_BTD, y_BTD, self.attention_norm, fold(dropout_keys, 1))
-        if memory_BSD is not None:
-            y_BTD = self.before(x_BTD, self.cross_attention_norm)
-            rule = Full() if memory_visibility is None else memory_visibility
-            y_BTD = self.cross_attention(y_BTD, memory_BSD, visibility=rule, dropout_key=fold(dropout_keys, 2))
-            x_BTD = self.after(x_BTD, y_BTD, self.cross_attention_norm, fold(dropout_keys, 3))
-        return self.feed(x_BTD, fold(dropout_keys, 4))
+        x_BTD = self.attend(x_BTD, visibility, memory_BSD, memory_visibility, dropout_keys=dropout_keys)
+        return self.feed(x_BTD, dropout_keys)
+
+
+def _run_block(
+    block: Any, x_BTD: Array, context: Context, dropout_keys: Keys, *, remat: str, in_scan: bool = False
+) -> Array:
+    """One block, with what its backward pass needs saved or computed again as `remat` says."""
+
+    # The context is closed over, so that arrays of a rule that are known while tracing stay known.
+    def attend(block: Any, x_BTD: Array, keys: Keys) -> Array:
+        return block.attend(x_BTD, *context, dropout_keys=keys)
+
+    def whole(block: Any, x_BTD: Array, keys: Keys) -> Array:
+        return block(x_BTD, *context, dropout_keys=keys)
+
+    # A scan's backward pass is a loop of its own: nothing there can be merged with the forward pass.
+    prevent_cse = not in_scan
+    if remat == "none":
+        return whole(block, x_BTD, dropout_keys)
+    if remat == "attention":
+        x_BTD = jax.checkpoint(attend, prevent_cse=prevent_cse)(block, x_BTD, dropout_keys)
+        return block.feed(x_BTD, dropout_keys)
+    return jax.checkpoint(whole, prevent_cse=prevent_cse, policy=_SAVED[remat])(block, x_BTD, dropout_keys)
+
+
+def _run_equal(
+    blocks: Sequence[Block], numbers_L: Array, x_BTD: Array, context: Context, dropout_keys: Keys, *, remat: str
+) -> Array:
+    """Blocks of one structure as one scan over their stacked parameters; `numbers_L` tell their dropout apart."""
+
+    def step(x_BTD: Array, layer: tuple[Block, Array]) -> tuple[Array, None]:
+        block, number = layer
+        return _run_block(block, x_BTD, context, fold(dropout_keys, number), remat=remat, in_scan=True), None
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return lax.scan(step, x_BTD, (stacked, numbers_L))[0]
 
 
 class Stack(nnx.Module):
     """L blocks over embedded tokens: positions and dropout first, and with pre-norm a LayerNorm last.
+
+    With layers="scan" neighbours of one structure (same heads, same widths) run as one `lax.scan`. Each layer still
+    holds its own parameters, stacked only while the step runs: a checkpoint does not tell how its layers were run.
 
     Args: kind: whose heads `spec.heads` gives to self-attention. cross: whether the blocks read a memory.
     """
 
     def __init__(self, spec: ModelSpec, kind: str, d_ff: int, *, cross: bool = False, rngs: nnx.Rngs) -> None:
         self.dropout_rate, self.dtype = spec.dropout_rate, jnp.dtype(spec.dtype)
+        self.layers, self.remat = spec.layers, spec.remat
         self.positions = Positions(
             spec.positions, spec.max_length, spec.d_model, param_dtype=param_dtype(spec), rngs=rngs
         )
@@ -168,7 +231,18 @@ class Stack(nnx.Module):
         dropout_keys: Keys = None,
     ) -> Float[Array, "B T D"]:
         x_BTD = self.enter(x_BTD, jnp.arange(x_BTD.shape[1]), fold(dropout_keys, 0))
-        for layer, block in enumerate(self.blocks):
-            keys = fold(dropout_keys, layer + 1)
-            x_BTD = block(x_BTD, visibility, memory_BSD, memory_visibility, dropout_keys=keys)
+        context, layer = (visibility, memory_BSD, memory_visibility), 1
+        for blocks in self._runs():
+            if len(blocks) > 1:
+                numbers_L = jnp.arange(layer, layer + len(blocks))
+                x_BTD = _run_equal(blocks, numbers_L, x_BTD, context, dropout_keys, remat=self.remat)
+            else:
+                x_BTD = _run_block(blocks[0], x_BTD, context, fold(dropout_keys, layer), remat=self.remat)
+            layer += len(blocks)
         return self.leave(x_BTD)
+
+    def _runs(self) -> list[list[Any]]:
+        """The blocks, or whatever watches in their place, in order; in one list those that one scan runs."""
+        if self.layers == "unrolled":
+            return [[block] for block in self.blocks]
+        return [list(equal) for _, equal in itertools.groupby(self.blocks, jax.tree.structure)]

@@ -16,6 +16,11 @@ class ModelSpec:
 
     `num_heads`, `num_kv_heads`, `qk_dim` and `v_dim` are each one value, a tuple with one a layer, or a dict by kind of
     attention ("encoder", "decoder", "cross") whose values are either. Widths are per head; None derives d_model / H.
+
+    `layers`: "unrolled", or "scan" neighbours of equal shape: less to compile in deep models.
+    `remat`: what the backward pass computes again instead of keeping it: "none", the "attention" sublayers, all but
+    products with weights ("dots"), all but the inputs of each "block".
+    Neither changes a result beyond rounding; both count in a run's hash as the backend does: rounding grows with steps.
     """
 
     num_layers: int
@@ -38,6 +43,8 @@ class ModelSpec:
     init: Literal["independent", "shared"] = "independent"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     backend: str = "auto"
+    layers: Literal["unrolled", "scan"] = "unrolled"
+    remat: Literal["none", "attention", "dots", "block"] = "none"
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "d_model", "d_ff", "max_length"):
@@ -48,6 +55,8 @@ class ModelSpec:
         choice("model.match", self.match, ("none", "params", "flops"))
         choice("model.init", self.init, ("independent", "shared"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        choice("model.layers", self.layers, ("unrolled", "scan"))
+        choice("model.remat", self.remat, ("none", "attention", "dots", "block"))
         rate("model.dropout_rate", self.dropout_rate)
         rate("model.attention_dropout_rate", self.attention_dropout_rate)
         if self.match != "none" and self.match_base is None:

@@ -34,6 +34,7 @@ def first_non_finite(run: RunSpec, state: State, index: int, batch: Batch) -> st
         if stack is not None:
             watched = [_watch(block, f"{stack_name} layer {i}", found) for i, block in enumerate(stack.blocks)]
             object.__setattr__(stack, "blocks", watched)
+            stack.layers, stack.remat = "unrolled", "none"  # what a scan traces could not be looked at
     sums = loss_sums(run.task, model, batch, None, run.training.label_smoothing)
     if found:
         return f"the output of {found[0]}"

@@ -57,7 +57,7 @@ def test_table_shows_medians_spread_and_paired_ratios():
         (["train_step", "--heads=4,x"], "--heads=4,x must be positive integers"),
         (["train_step", "--heads=5"], "d_model=256 is not a multiple of num_heads=5"),
         (["train_step", "--rounds=0"], "rounds"),
-        (["attention"], "'attention' is not understood"),
+        (["train_step", "surplus"], "'surplus' is not understood"),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(argv, words):

@@ -8,7 +8,6 @@ Tiles are [t, s] on the way forward and [s, t] on the way back: so all products 
 its peak even where K is 8, which is never that of a large transposed left side.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -70,8 +69,7 @@ def pad(x_BTHX: Float[Array, "B T H X"], length: int) -> Float[Array, "B length 
     return jnp.pad(x_BTHX, ((0, 0), (0, length - x_BTHX.shape[1]), (0, 0), (0, 0)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, rule: Rule, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array) -> Array:
+def _output(plan: Plan, rule: Rule, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array) -> Array:
     return forward(plan, rule, words, q_BTHK, k_BSHK, v_BSHV)[0]
 
 
@@ -81,9 +79,11 @@ def _attention_fwd(plan: Plan, rule: Rule, words: Any, q_BTHK: Array, k_BSHK: Ar
 
 
 def _attention_bwd(plan: Plan, saved: Any, dout_BTHV: Array) -> Any:
-    return None, None, *_backward(plan, *saved, dout_BTHV)
+    rule, words, *arrays, out_BTHV, lse_BHT = saved
+    return None, None, *_backward(plan, rule, words, arrays, out_BTHV, lse_BHT, dout_BTHV)
 
 
+_attention: Any = jax.custom_vjp(_output, nondiff_argnums=(0,))
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
@@ -153,17 +153,10 @@ def forward(
 
 
 def _backward(
-    plan: Plan,
-    rule: Rule,
-    words: Any,
-    q_BTHK: Array,
-    k_BSHK: Array,
-    v_BSHV: Array,
-    out_BTHV: Array,
-    lse_BHT: Array,
-    dout_BTHV: Array,
+    plan: Plan, rule: Rule, words: Any, arrays: list[Array], out_BTHV: Array, lse_BHT: Array, dout_BTHV: Array
 ) -> tuple[Array, Array, Array]:
     """Gradients for q, k and v: tile by tile along the keys, dk and dv whole at the end of each, dq added up."""
+    q_BTHK, k_BSHK, v_BSHV = arrays
     tiles, heads = plan.tiles, plan.heads_at_once
     (batch, keys, _, qk_dim), wide = k_BSHK.shape, jnp.promote_types(q_BTHK.dtype, jnp.float32)
     columns = keys // tiles.block_k

@@ -4,7 +4,6 @@ LogSparse has log n of them and dilated windows their width. Tiles would pay for
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -105,9 +104,9 @@ class _Block:
     def __init__(self, plan: _Plan, words: Any, t: Array):
         self.plan, self.words, self.t = plan, words, t
 
-    def rows(self, x_BTHX: Array, d: Array | int) -> Float[Array, "B t H X"]:
+    def rows(self, x_BTX: Array, d: Array | int) -> Array:
         """What lies d positions on, where zeros stand in front."""
-        return lax.dynamic_slice_in_dim(x_BTHX, self.t + d, self.plan.block, 1)
+        return lax.dynamic_slice_in_dim(x_BTX, self.t + d, self.plan.block, 1)
 
     def product(self, x_BtHX: Array, y_BtHX: Array) -> Float[Array, "B t H"]:
         batch, block, heads, width = x_BtHX.shape
@@ -130,8 +129,7 @@ class _Block:
         return jnp.where(attention_keep_block(first, second, h, t, t + d, self.plan.dropout_rate), weights_BtH, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: _Plan, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array) -> Array:
+def _output(plan: _Plan, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array) -> Array:
     return _forward(plan, words, q_BTHK, k_BSHK, v_BSHV)[0]
 
 
@@ -141,9 +139,11 @@ def _attention_fwd(plan: _Plan, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV
 
 
 def _attention_bwd(plan: _Plan, saved: Any, dout_BTHV: Array) -> Any:
-    return None, *_backward(plan, *saved, dout_BTHV)
+    words, *arrays, out_BTHV, lse_BTH = saved
+    return None, *_backward(plan, words, arrays, out_BTHV, lse_BTH, dout_BTHV)
 
 
+_attention: Any = jax.custom_vjp(_output, nondiff_argnums=(0,))
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
@@ -171,16 +171,20 @@ def _forward(
         sums, _ = lax.scan(collect, jnp.zeros((batch, plan.block, heads, v_BSHV.shape[3]), wide), (diagonals, weights))
         lse = jnp.where(total > 0, top + jnp.log(total), 0)
         found = sums * share[..., None], lse
-        return tuple(lax.dynamic_update_slice_in_dim(x, y, block.t, 1) for x, y in zip(carry, found, strict=True))
+        out_BTHV, lse_BTH = (
+            lax.dynamic_update_slice_in_dim(x, y, block.t, 1) for x, y in zip(carry, found, strict=True)
+        )
+        return out_BTHV, lse_BTH
 
     start = jnp.zeros((batch, length, heads, v_BSHV.shape[3]), wide), jnp.zeros((batch, length, heads), wide)
     return lax.fori_loop(0, length // plan.block, step, start)
 
 
 def _backward(
-    plan: _Plan, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array, out: Array, lse: Array, dout: Array
+    plan: _Plan, words: Any, arrays: list[Array], out: Array, lse: Array, dout: Array
 ) -> tuple[Array, Array, Array]:
     """Gradients for q, k and v: block by block, each diagonal adding to the keys and values that it meets."""
+    q_BTHK, k_BSHK, v_BSHV = arrays
     diagonals, grow = jnp.asarray(plan.offsets, int), 1 / (1 - plan.dropout_rate)
 
     def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -206,5 +210,5 @@ def _backward(
         (dq, dk_BSHK, dv_BSHV), _ = lax.scan(along, (jnp.zeros_like(q), dk_BSHK, dv_BSHV), diagonals)
         return lax.dynamic_update_slice_in_dim(dq_BTHK, dq, block.t, 1), dk_BSHK, dv_BSHV
 
-    start = tuple(jnp.zeros_like(x) for x in (q_BTHK, k_BSHK, v_BSHV))
+    start = jnp.zeros_like(q_BTHK), jnp.zeros_like(k_BSHK), jnp.zeros_like(v_BSHV)
     return lax.fori_loop(0, q_BTHK.shape[1] // plan.block, step, start)

@@ -69,7 +69,8 @@ def visits(tiles: BlockMap) -> Visits:
     columns = np.concatenate(order).astype(np.int32) if count else np.zeros(1, np.int32)
     any_full, any_partial = (bool((tiles.kinds == kind).any()) for kind in (FULL, PARTIAL))
     # The integers of loops: 64 bits wide where JAX is.
-    return Visits(*(jnp.asarray(x, int) for x in (*ends, columns)), any_full, any_partial)
+    start, middle, end, columns = (jnp.asarray(x, int) for x in (*ends, columns))
+    return Visits(start, middle, end, columns, any_full, any_partial)
 
 
 def make_plan(
