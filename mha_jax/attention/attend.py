@@ -9,16 +9,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mha_jax.attention.backends import blockwise, diagonals, einsum, splash
+from mha_jax.attention.backends import blockwise, cudnn, diagonals, einsum, pallas, splash
 from mha_jax.attention.backends.call import Call
 from mha_jax.attention.dropout import keys_per_example
 from mha_jax.attention.regions import Span
 from mha_jax.attention.visibility import Full, Rule
 from mha_jax.specs import HeadShape, UserError
 
-BACKENDS = {"einsum": einsum, "blockwise": blockwise, "diagonals": diagonals, "splash": splash}
+BACKENDS = {
+    "einsum": einsum,
+    "blockwise": blockwise,
+    "diagonals": diagonals,
+    "cudnn": cudnn,
+    "pallas": pallas,
+    "splash": splash,
+}
 # What "auto" asks in turn; `blockwise` serves every call.
-_PREFERRED = {"gpu": ("blockwise",), "tpu": ("splash", "blockwise")}
+_PREFERRED = {"gpu": ("cudnn", "pallas", "blockwise"), "tpu": ("splash", "blockwise")}
 # So many weights, B * H * T * S of them, are quicker held whole (4 MB in float32) than visited tile by tile.
 _FEW_WEIGHTS = 2**20
 
