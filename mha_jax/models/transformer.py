@@ -33,7 +33,9 @@ class TokenTable(nnx.Module):
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
         """Scores of every token, accumulated and returned in the parameters' dtype."""
         table_CD = self.embedding[...].astype(self.dtype)
-        return jnp.einsum("BTD,CD->BTC", x_BTD, table_CD, preferred_element_type=self.param_dtype)
+        rows = x_BTD.reshape(-1, self.d_model)
+        logits = jnp.einsum("ND,CD->NC", rows, table_CD, preferred_element_type=self.param_dtype)
+        return logits.reshape(*x_BTD.shape[:2], -1)
 
 
 def _token_table(run: RunSpec, rngs: nnx.Rngs) -> TokenTable:

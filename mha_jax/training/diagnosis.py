@@ -1,5 +1,6 @@
 """Where a run broke: the first layer whose output, or parameter whose gradient, is not finite."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ def first_non_finite(run: RunSpec, state: State, index: int, batch: Batch) -> st
 
     Args: index: of the seed on the seed axis. batch: of that seed alone, [B, ...].
     """
+    # A scan shows no layer's output; unrolled, the parameters are the same.
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers="unrolled", remat="none"))
     params, constants = jax.tree.map(lambda leaf: leaf[index], (state["params"], state["constants"]))
     batch = jax.tree.map(jnp.asarray, batch)
     if name := _broken(params):
@@ -34,7 +37,6 @@ def first_non_finite(run: RunSpec, state: State, index: int, batch: Batch) -> st
         if stack is not None:
             watched = [_watch(block, f"{stack_name} layer {i}", found) for i, block in enumerate(stack.blocks)]
             object.__setattr__(stack, "blocks", watched)
-            stack.layers, stack.remat = "unrolled", "none"  # what a scan traces could not be looked at
     sums = loss_sums(run.task, model, batch, None, run.training.label_smoothing)
     if found:
         return f"the output of {found[0]}"

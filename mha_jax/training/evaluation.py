@@ -14,7 +14,7 @@ from mha_jax.specs import RunSpec
 from mha_jax.training.losses import Batch
 from mha_jax.training.metrics import bleu, perplexity
 from mha_jax.training.parallel import JitProgram
-from mha_jax.training.step import merge
+from mha_jax.training.step import merge, over_seeds
 
 
 def evaluate(program: JitProgram, params: Any, constants: Any, data: Data, split: str) -> dict[str, np.ndarray]:
@@ -50,7 +50,10 @@ def translations(program: JitProgram, params: Any, constants: Any, data: Data, s
         )
         return tokens
 
-    search = jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
+    def all_seeds(params: Any, constants: Any, batch: Batch) -> jax.Array:
+        return over_seeds(run, lambda params, constants: one(params, constants, batch))(params, constants)
+
+    search = jax.jit(all_seeds)
     total = len(data.references(split))
     wanted = min(total, decoding.max_sentences or total)
     outputs: list[list[str]] = [[""] * wanted for _ in run.seeds]
