@@ -41,8 +41,8 @@ class Projection(nnx.Module):
         kernel = self.kernel[...].astype(dtype)
         inner, outer = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
         # One product of two matrices: with more axes, XLA on CPU takes half as long again for the gradients.
-        rows = x.astype(dtype).reshape(-1, math.prod(inner))
-        y = (rows @ kernel.reshape(math.prod(inner), -1)).reshape(*x.shape[:2], *outer)
+        rows = x.astype(dtype).reshape(x.shape[0] * x.shape[1], math.prod(inner))
+        y = (rows @ kernel.reshape(math.prod(inner), math.prod(outer))).reshape(*x.shape[:2], *outer)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(dtype)
