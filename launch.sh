@@ -11,6 +11,7 @@ usage() {
 usage: ./launch.sh                   trains the default study into runs/default, prints its table, names its report
        ./launch.sh test [ARGS]       runs the test suite; ARGS go to pytest
        ./launch.sh sweep ARGS        runs a sweep here; ARGS go to experiments.sweep
+       ./launch.sh bench WHAT ARGS   times what the library does, beside PyTorch; see experiments.bench
 TEXT
 }
 
@@ -63,6 +64,10 @@ case "${1-}" in
   sweep)
     install requirements.txt
     exec .venv/bin/python -m experiments.sweep "${@:2}"
+    ;;
+  bench)
+    install requirements.txt requirements-bench.txt
+    exec .venv/bin/python -m experiments.bench "${@:2}"
     ;;
   tpu)
     echo "error: ./launch.sh tpu is not written yet; on a TPU VM install jax[tpu] (see README.md) and use ./launch.sh sweep" >&2
