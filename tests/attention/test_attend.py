@@ -18,7 +18,7 @@ B, T, S, K, V = 2, 7, 5, 3, 11
 compiled = jax.jit(attention.attend, static_argnames=("dropout_rate", "head_to_group", "backend"))
 
 
-@pytest.fixture(params=["einsum", "blockwise"])
+@pytest.fixture(params=["einsum", pytest.param("blockwise", marks=pytest.mark.slow)])
 def attend(request):
     return functools.partial(compiled, backend=request.param)
 

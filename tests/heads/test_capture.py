@@ -81,7 +81,7 @@ def run(model, batch):
 
 @pytest.fixture(
     scope="module",
-    params=["translation", *(pytest.param(task, marks=pytest.mark.slow) for task in ("lm", "classification"))],
+    params=[pytest.param(task, marks=pytest.mark.slow) for task in ("translation", "lm", "classification")],
 )
 def seen(request):
     """A model, its batch, its output when nobody looks, and what one program that looks gives."""
@@ -172,7 +172,8 @@ def test_what_is_seen_is_each_attentions_own_rule():
     assert [type(part) for part in seen["lm"]["decoder/0/attention"].parts] == [Causal, Segments]
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "block"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "block"])
 def test_scanned_model_shows_the_same_parameters_layer_by_layer(remat):
     equal = {"model__num_heads": 3, "model__num_kv_heads": 1, "model__qk_dim": 4}
     scanned = make_model(**equal, model__layers="scan", model__remat=remat)
