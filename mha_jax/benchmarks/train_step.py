@@ -131,24 +131,21 @@ class Setting:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """Times all contestants of all head counts in turns.
+    """Times all contestants in turns, one head count after the other: together they would crowd the memory.
 
     Returns: "rows", one a run: "seconds" of every round by contestant, "step_ms" and "tokens_per_second" from their
     medians, "ratio" of our step to each other contestant's, taken round by round; "notes"; and with profile "profile",
     a head count's parts.
     """
-    contestants: dict[tuple[int, str], Callable[[], object]] = {}
     notes: list[str] = []
-    runs = setting.runs
+    rows, runs = [], setting.runs
     devices = programs.share_out(setting.batch_size, programs.use_devices(setting.devices))
-    for index, run in enumerate(runs):
+    for run in runs:
         batch = random_batch(run)
         peers, missing = torch_steps(run, batch)
         steps = {OURS: our_step(run, batch, devices), FLOOR: floor_step(run, devices), **peers}
-        contestants |= {(index, name): step for name, step in steps.items()}
+        rows.append(result_row(run, race(steps, setting.rounds)))
         notes += [line for line in missing if line not in notes]
-    seconds = race(contestants, setting.rounds)
-    rows = [result_row(run, {name: s for (of, name), s in seconds.items() if of == i}) for i, run in enumerate(runs)]
     profiles = {run.model.num_heads: profile(run, setting.rounds) for run in runs} if setting.profile else {}
     return {"rows": rows, "notes": notes, "profile": profiles}
 
