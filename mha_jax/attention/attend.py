@@ -26,8 +26,8 @@ BACKENDS = {
 }
 # What "auto" asks in turn; `blockwise` serves every call.
 _PREFERRED = {"gpu": ("cudnn", "pallas", "blockwise"), "tpu": ("splash", "blockwise")}
-# So many weights, B * H * T * S of them, are quicker held whole (4 MB in float32) than visited tile by tile.
-_FEW_WEIGHTS = 2**20
+# So many weights, B * H * T * S of them, are quicker held whole (8 MB in float32) than visited tile by tile.
+_FEW_WEIGHTS = 2**21
 
 
 def attend(
