@@ -1,5 +1,6 @@
 """On CPU every core is a device: a batch split over cores outruns operations that are each split over threads."""
 
+import contextlib
 import os
 
 import jax
@@ -30,4 +31,5 @@ def use_cores(run: RunSpec) -> None:
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    jax.config.update("jax_num_cpu_devices", cpu_devices(run, num_cores()))
+    with contextlib.suppress(RuntimeError):  # JAX has started, as in a notebook: its devices are what they are
+        jax.config.update("jax_num_cpu_devices", cpu_devices(run, num_cores()))
