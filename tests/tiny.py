@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 from configs import default
 from mha_jax.config import override, resolve
+from mha_jax.models.losses import Batch
 from mha_jax.specs import RunSpec
-from mha_jax.training.losses import Batch
 from mha_jax.training.step import abstract_batches
 
 _MODEL = {"num_layers": 2, "d_model": 12, "num_heads": 4, "qk_dim": 2, "v_dim": 5, "d_ff": 14, "max_length": 16}

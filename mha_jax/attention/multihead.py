@@ -21,7 +21,10 @@ from mha_jax.specs import HeadShape, UserError
 
 
 class Gate(nnx.Variable):
-    """A factor a head, [H], on its output. It is no `nnx.Param`: optimizers leave it alone."""
+    """A factor a head, [H], on its output. It is no `nnx.Param`: optimizers leave it alone.
+
+    While a model is looked into, it may also hold [B, H] or [B, T, H], such as for gradients of each example.
+    """
 
 
 class Projection(nnx.Module):
@@ -159,7 +162,7 @@ class MultiHeadAttention(nnx.Module):
     def output(self, o_BTHV: Float[Array, "B T H V"], gate: Array | None = None) -> Float[Array, "B T D"]:
         """The sum over heads of gate[h] * o[b,t,h] @ out.kernel[h]."""
         batch, queries, heads, _ = o_BTHV.shape
-        factor = self.gate[...][None, None, :]
+        factor = broadcast_gate(self.gate[...], batch, queries, heads)
         if gate is not None:
             factor = factor * broadcast_gate(gate, batch, queries, heads)
         return self.out(o_BTHV * factor[..., None].astype(o_BTHV.dtype))

@@ -14,8 +14,8 @@ from mha_jax.attention.attend import attend
 from mha_jax.attention.visibility import Causal
 from mha_jax.benchmarks import floor
 from mha_jax.models import LanguageModel, build_model
+from mha_jax.models.losses import token_losses
 from mha_jax.specs import RunSpec
-from mha_jax.training.losses import token_losses
 from mha_jax.training.optimizers import make_optimizer
 
 Call = Callable[[], object]

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mha_jax.models.losses import Batch, loss_sums
 from mha_jax.specs import RunSpec
-from mha_jax.training.losses import Batch, loss_sums
 from mha_jax.training.step import State, merge
 
 

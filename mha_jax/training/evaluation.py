@@ -10,8 +10,8 @@ import numpy as np
 
 from mha_jax.data import Data
 from mha_jax.models.decoding import translate
+from mha_jax.models.losses import Batch
 from mha_jax.specs import RunSpec
-from mha_jax.training.losses import Batch
 from mha_jax.training.metrics import bleu, perplexity
 from mha_jax.training.parallel import JitProgram
 from mha_jax.training.step import merge, over_seeds

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mha_jax.attention.attend import noting_backends, partitioned
+from mha_jax.models.losses import Batch
 from mha_jax.specs import RunSpec
-from mha_jax.training.losses import Batch
 from mha_jax.training.step import State, evaluate_step, init_state, peak_bytes, train_step
 
 # Which axis of a parameter is the head axis, counted without the seed axis in front.

@@ -18,8 +18,8 @@ from jaxtyping import Array, Int, Key
 
 from mha_jax.data import batch_shapes
 from mha_jax.models import build_model
+from mha_jax.models.losses import Batch, loss_sums
 from mha_jax.specs import RunSpec, UserError
-from mha_jax.training.losses import Batch, loss_sums
 from mha_jax.training.optimizers import learning_rate, make_optimizer
 
 State = dict[str, Any]

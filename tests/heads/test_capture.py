@@ -200,9 +200,9 @@ def test_looking_leaves_the_model_as_it_was():
 
 
 def test_statistics_never_hold_the_square_of_a_long_text():
-    model = make_abstract(model__max_length=1024, model__num_heads=2, model__num_kv_heads=2)
-    text = jax.jit(head_statistics).lower(model, {"inputs": jnp.ones((1, 1024), jnp.int32)}).as_text()
-    assert "1024x" in text and "1024x1024" not in text
+    model = make_abstract(model__max_length=2048, model__num_heads=2, model__num_kv_heads=2)
+    text = jax.jit(head_statistics).lower(model, {"inputs": jnp.ones((1, 2048), jnp.int32)}).as_text()
+    assert "2048x" in text and "2048x2048" not in text
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from flax import nnx
 
 from mha_jax.attention.visibility import Causal
 from mha_jax.models.blocks import Stack
+from mha_jax.models.losses import loss_sums
 from mha_jax.specs import UserError
-from mha_jax.training.losses import loss_sums
 from mha_jax.training.parallel import make_program
 from mha_jax.training.step import abstract_batches, dropout_keys, init_state, merge, train_step
 from tests import tiny

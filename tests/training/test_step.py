@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.special
 
+from mha_jax.models.losses import token_losses
 from mha_jax.training.diagnosis import first_non_finite
-from mha_jax.training.losses import token_losses
 from mha_jax.training.step import init_state, train_step
 from tests import tiny
 

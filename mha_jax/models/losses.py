@@ -28,13 +28,13 @@ def token_losses(
     return (1 - label_smoothing) * nll + label_smoothing * smooth, nll
 
 
-def loss_sums(
-    task: str, model: Any, batch: Batch, dropout_keys: Array | None, label_smoothing: float
-) -> dict[str, Array]:
-    """Runs the model on one batch: sums over it of "objective", "loss", "correct" and "weight".
+def example_sums(
+    task: str, model: Any, batch: Batch, dropout_keys: Array | None = None, label_smoothing: float = 0.0
+) -> dict[str, Float[Array, " B"]]:
+    """One batch through the model: "objective", "loss", "correct" and "weight" of each example, summed over its targets.
 
     For classification a target is the label of an example, else a token; `weights` 0 marks padding. `dropout_keys` has
-    one key an example; None evaluates. One function serves training and evaluation.
+    one key an example; None evaluates. One function serves training, evaluation and what looks into heads.
     """
     if task == "lm":
         logits = model(batch["inputs"], segments=batch.get("segments"), dropout_keys=dropout_keys)
@@ -48,9 +48,13 @@ def loss_sums(
     weights = batch["weights"].astype(logits.dtype)
     objective, nll = token_losses(logits, targets, label_smoothing)
     correct = jnp.argmax(logits, axis=-1) == targets
-    return {
-        "objective": jnp.sum(objective * weights),
-        "loss": jnp.sum(nll * weights),
-        "correct": jnp.sum(correct * weights),
-        "weight": jnp.sum(weights),
-    }
+    sums = {"objective": objective * weights, "loss": nll * weights, "correct": correct * weights, "weight": weights}
+    return {name: jnp.sum(x.reshape(x.shape[0], -1), axis=-1) for name, x in sums.items()}
+
+
+def loss_sums(
+    task: str, model: Any, batch: Batch, dropout_keys: Array | None, label_smoothing: float
+) -> dict[str, Array]:
+    """The sums of `example_sums` over the whole batch."""
+    sums = example_sums(task, model, batch, dropout_keys, label_smoothing)
+    return {name: jnp.sum(x) for name, x in sums.items()}

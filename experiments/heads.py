@@ -1,0 +1,37 @@
+"""Looks into the heads of a trained run: `python -m experiments.heads VERB --run=DIR/runs/NAME`.
+
+Each verb writes JSON, tables and pictures under RUN/heads/ and prints what it found; `VERB --help` lists its flags.
+"""
+
+import importlib
+import sys
+
+from experiments import cli
+from mha_jax.specs import UserError
+
+# A verb is a module of experiments/verbs; only the one asked for is imported.
+VERBS = {
+    "importance": "what each head is worth: norms, gradients, ablations, Shapley values",
+    "prune": "removes heads into a new, smaller run",
+    "curve": "the metric against heads left, by several orders with controls",
+    "grow": "splits, merges, groups or adds heads, into a new run",
+    "redundancy": "which heads do the same, in a layer, between layers, seeds and runs",
+    "import": "turns a checkpoint of another library into a run",
+}
+
+
+def main(argv: list[str]) -> int:
+    verb = argv[1] if len(argv) > 1 else "--help"
+    if verb in ("--help", "-h", "help"):
+        print(__doc__)
+        print("\n".join(f"  {name:12} {about}" for name, about in VERBS.items()))
+        return 0
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}; known are {', '.join(VERBS)}")
+    module = importlib.import_module("experiments.verbs." + ("import_" if verb == "import" else verb))
+    return module.main([f"{argv[0]} {verb}", *argv[2:]])
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "experiments.heads"
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""What `python -m experiments.heads VERB` does, a file a verb: `main(argv) -> exit code`, with flags of its own."""
