@@ -31,7 +31,7 @@ def token_losses(
 def example_sums(
     task: str, model: Any, batch: Batch, dropout_keys: Array | None = None, label_smoothing: float = 0.0
 ) -> dict[str, Float[Array, " B"]]:
-    """One batch through the model: "objective", "loss", "correct" and "weight" of each example, summed over its targets.
+    """One batch through the model: each example's "objective", "loss", "correct", "weight", summed over its targets.
 
     For classification a target is the label of an example, else a token; `weights` 0 marks padding. `dropout_keys` has
     one key an example; None evaluates. One function serves training, evaluation and what looks into heads.
