@@ -1,6 +1,7 @@
 """One measure of every head, batch by batch: its mean, its standard error, and how steady the ranking of heads is."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -36,7 +37,7 @@ class HeadTable:
 
     A weight is how many targets (or queries) the batch's value is the mean of; batches without any are left out.
     A measure that reads no data is `exact`: N = 1, and nothing varies.
-    `p_values` {attention: [H]}: where a measure has a paired test of its mean being 0, adjusted for the number of heads.
+    `p_values` {attention: [H]}: where a measure has a paired test of its mean being 0, adjusted for all heads (Holm).
 
     Raises: UserError for fewer than two batches of a measure that is not exact.
     """
@@ -83,7 +84,7 @@ class HeadTable:
 
     @property
     def stability(self) -> dict[str, float | None] | None:
-        """{kind: Spearman's rank correlation, over all heads of the kind, of the even batches' mean with the odd ones'}.
+        """{kind: Spearman's rank correlation, over the heads of the kind, of even batches' mean with odd batches'}.
 
         None where nothing varies, or for a kind whose ranks `spearman` cannot compare.
         """
@@ -105,8 +106,10 @@ def seed_stability(tables: Sequence[HeadTable]) -> dict[str, float | None] | Non
     means = [table.mean for table in tables]
     if len(means) < 2:
         return None
-    pairs = [_correlations(a, b) for i, a in enumerate(means) for b in means[i + 1 :]]
-    found = {kind: [pair[kind] for pair in pairs if pair[kind] is not None] for kind in pairs[0]}
+    found: dict[str, list[float]] = {kind: [] for kind in by_kind(means[0])}
+    for a, b in itertools.combinations(means, 2):
+        for kind, correlation in _correlations(a, b).items():
+            found[kind] += [] if correlation is None else [correlation]
     return {kind: float(np.mean(known)) if known else None for kind, known in found.items()}
 
 
@@ -114,7 +117,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's rank correlation; None below three heads, or where all of one side are equal: no order to compare."""
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(stats.spearmanr(a, b).statistic)
+    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 
 def check_batches(count: int, least: int = 2) -> None:
