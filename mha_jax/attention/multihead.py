@@ -16,8 +16,13 @@ from jaxtyping import Array, Float, Int
 
 from mha_jax.attention.attend import attend, broadcast_gate, check_backend
 from mha_jax.attention.rotary import rotate
+from mha_jax.attention.routing import Router, note_routes
+from mha_jax.attention.span import AdaptiveSpan
 from mha_jax.attention.visibility import Full, Rule
-from mha_jax.specs import HeadShape, UserError
+from mha_jax.specs import HeadShape, RoutingSpec, SpanSpec, UserError
+
+
+_ROUTER = 2**31 - 1  # no number of heads: `_kernel` folds those into the same key
 
 
 class Gate(nnx.Variable):
@@ -68,7 +73,8 @@ class MultiHeadAttention(nnx.Module):
       memory_dim: M, where keys and values come from a memory of another width.
       head_to_group: the group that each head reads, where G does not divide H.
       dropout_rate: of attention weights, where the call is given a dropout_key.
-      rope: rotate queries and keys by their positions (Su et al. 2021).
+      rope: rotate queries and keys by their positions (Su et al. 2021), with `rope_base`.
+      routing: heads chosen by the token that asks. adaptive_span: a learned span for each head, of self-attention.
       init: "independent": each kernel Glorot-uniform, with H * width as fan. "shared": each kernel is cut out of one
         Glorot-uniform [D, D] draw, so that one seed starts from the same matrices whatever the number of heads.
       dtype: of the computation; default: what x and the parameters promote to.
@@ -88,6 +94,9 @@ class MultiHeadAttention(nnx.Module):
         use_bias: bool = False,
         dropout_rate: float = 0.0,
         rope: bool = False,
+        rope_base: float = 10_000.0,
+        routing: RoutingSpec = RoutingSpec(),  # noqa: B008 (specs are frozen)
+        adaptive_span: SpanSpec = SpanSpec(),  # noqa: B008
         init: Literal["independent", "shared"] = "independent",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -100,7 +109,7 @@ class MultiHeadAttention(nnx.Module):
             raise UserError(f"rope=True turns pairs of features: qk_dim={shape.qk_dim} must be even")
         check_backend(backend)
         self.d_model, self.memory_dim, self.shape = d_model, memory_dim, shape
-        self.dropout_rate, self.rope, self.backend = dropout_rate, rope, backend
+        self.dropout_rate, self.rope, self.rope_base, self.backend = dropout_rate, rope, rope_base, backend
 
         def project(width: int, heads: int, head_dim: int) -> Projection:
             kernel = _kernel(rngs.params(), width, heads, head_dim, d_model if init == "shared" else None, param_dtype)
@@ -110,11 +119,17 @@ class MultiHeadAttention(nnx.Module):
         self.query = project(d_model, shape.num_heads, shape.qk_dim)
         self.key = project(memory_dim, shape.num_kv_heads, shape.qk_dim)
         self.value = project(memory_dim, shape.num_kv_heads, shape.v_dim)
+        out_key = rngs.params()
         kernel_DHV = _kernel(
-            rngs.params(), d_model, shape.num_heads, shape.v_dim, d_model if init == "shared" else None, param_dtype
+            out_key, d_model, shape.num_heads, shape.v_dim, d_model if init == "shared" else None, param_dtype
         )
         self.out = Projection(2, kernel_DHV.transpose(1, 2, 0), (d_model,) if use_bias else None, dtype)
         self.gate = Gate(jnp.ones(shape.num_heads, param_dtype))
+        # Folded out of a key that is drawn anyway, so that routed and plain models start from the same matrices.
+        router_key = jax.random.fold_in(out_key, _ROUTER)
+        routed, spanned = routing.kind != "none", adaptive_span.max_span is not None
+        self.router = Router(routing, d_model, shape, key=router_key, param_dtype=param_dtype) if routed else None
+        self.span = AdaptiveSpan(adaptive_span, shape.num_heads, param_dtype=param_dtype) if spanned else None
 
     def __call__(
         self,
@@ -135,17 +150,30 @@ class MultiHeadAttention(nnx.Module):
         """
         q = self.queries(x, positions)
         k, v = self.keys_values(x, positions) if memory is None else self.keys_values(memory)
-        o = attend(
-            q,
-            k,
-            v,
-            visibility,
-            dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
-            dropout_key=dropout_key,
-            head_to_group=self.shape.head_to_group,
-            backend=self.backend,
-        )
-        return self.output(o, gate)
+        rate = 0.0 if dropout_key is None else self.dropout_rate
+        if self.span is not None:
+            groups = self.shape.groups
+            o = self.span.attend(q, k, v, visibility, dropout_rate=rate, dropout_key=dropout_key, groups=groups)
+        else:
+            o = attend(
+                q,
+                k,
+                v,
+                visibility,
+                dropout_rate=rate,
+                dropout_key=dropout_key,
+                head_to_group=self.shape.head_to_group,
+                backend=self.backend,
+            )
+        return self.output(o, self.routed(x, gate))
+
+    def routed(self, x: Float[Array, "B T D"], gate: Array | None = None) -> Array | None:
+        """The router's factors [B, T, H] for the tokens of x, times the gate; the gate itself where nothing is routed."""
+        if self.router is None:
+            return gate
+        route = self.router(x)
+        note_routes([route])
+        return route.gate_BTH if gate is None else route.gate_BTH * broadcast_gate(gate, *route.gate_BTH.shape)
 
     def queries(self, x: Float[Array, "B T D"], positions: Int[Array, "..."] | None = None) -> Float[Array, "B T H K"]:
         """The queries of x, rotated with rope."""
@@ -170,7 +198,7 @@ class MultiHeadAttention(nnx.Module):
     def _rotated(self, x: Array, positions: Array | None) -> Array:
         if not self.rope:
             return x
-        return rotate(x, jnp.arange(x.shape[1]) if positions is None else positions)
+        return rotate(x, jnp.arange(x.shape[1]) if positions is None else positions, self.rope_base)
 
 
 def _kernel(

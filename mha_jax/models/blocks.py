@@ -17,6 +17,7 @@ from mha_jax.models.positions import Positions
 from mha_jax.specs import HeadShape, ModelSpec
 
 Keys = Key[Array, " B"] | None
+Norm = nnx.LayerNorm | nnx.RMSNorm
 # What blocks read beside x: the rule of self-attention, a memory, and the rule of attention to it.
 Context = tuple[Rule, Float[Array, "B S D"] | None, Rule | None]
 
@@ -37,9 +38,10 @@ def fold(keys: Keys, number: int | Int[Array, ""]) -> Keys:
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def _norm(spec: ModelSpec, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    dtype = param_dtype(spec)
-    return nnx.LayerNorm(spec.d_model, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+def _norm(spec: ModelSpec, rngs: nnx.Rngs) -> Norm:
+    kind = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}[spec.normalization]
+    dtype, epsilon = param_dtype(spec), spec.norm_epsilon
+    return kind(spec.d_model, epsilon=epsilon, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
 def _attention(spec: ModelSpec, shape: HeadShape, *, rope: bool, rngs: nnx.Rngs) -> MultiHeadAttention:
@@ -53,6 +55,7 @@ def _attention(spec: ModelSpec, shape: HeadShape, *, rope: bool, rngs: nnx.Rngs)
         use_bias=spec.use_bias,
         dropout_rate=spec.attention_dropout_rate,
         rope=rope,
+        rope_base=spec.rope_base,
         init=spec.init,
         dtype=jnp.dtype(spec.dtype),
         param_dtype=param_dtype(spec),
@@ -62,15 +65,23 @@ def _attention(spec: ModelSpec, shape: HeadShape, *, rope: bool, rngs: nnx.Rngs)
 
 
 class FeedForward(nnx.Module):
-    """y[b,t] = down(activation(up(x[b,t]))), F wide inside (Vaswani et al. 2017, eq. 2)."""
+    """Two products with something that is not linear between them, F wide inside.
+
+      y[b,t] = down(activation(up(x[b,t])))               for "relu" and "gelu" (Vaswani et al. 2017, eq. 2)
+      y[b,t] = down(silu(gating(x[b,t])) * up(x[b,t]))    for "swiglu" (Shazeer 2020, eq. 6)
+
+    Each product has a bias with `use_ff_bias`.
+    """
 
     def __init__(self, spec: ModelSpec, d_ff: int, *, rngs: nnx.Rngs) -> None:
-        self.activation: Callable[[Array], Array] = {"relu": jax.nn.relu, "gelu": nnx.gelu}[spec.activation]
+        activations = {"relu": jax.nn.relu, "gelu": nnx.gelu, "swiglu": jax.nn.silu}
+        self.activation: Callable[[Array], Array] = activations[spec.activation]
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(
                 inputs,
                 outputs,
+                use_bias=spec.use_ff_bias,
                 dtype=jnp.dtype(spec.dtype),
                 param_dtype=param_dtype(spec),
                 kernel_init=nnx.initializers.glorot_uniform(),
@@ -79,18 +90,23 @@ class FeedForward(nnx.Module):
 
         self.up = linear(spec.d_model, d_ff)
         self.down = linear(d_ff, spec.d_model)
+        self.gating = linear(spec.d_model, d_ff) if spec.activation == "swiglu" else None
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         # Rows of one matrix: with more axes, XLA on CPU takes half as long again for the gradients.
         rows = x_BTD.reshape(-1, x_BTD.shape[-1])
-        return self.down(self.activation(self.up(rows))).reshape(x_BTD.shape)
+        if self.gating is None:
+            return self.down(self.activation(self.up(rows))).reshape(x_BTD.shape)
+        return self.down(self.activation(self.gating(rows)) * self.up(rows)).reshape(x_BTD.shape)
 
 
 class Block(nnx.Module):
     """Self-attention, cross-attention where there is a memory, and a feed-forward layer.
 
-      norm "post": y = LayerNorm(x + dropout(f(x)))     (Vaswani et al. 2017, section 3.1)
-      norm "pre":  y = x + dropout(f(LayerNorm(x)))     for each f of the three
+      norm "post": y = Norm(x + dropout(f(x)))     (Vaswani et al. 2017, section 3.1)
+      norm "pre":  y = x + dropout(f(Norm(x)))     for each f of the three
+
+    Norm is a LayerNorm, or with normalization="rms" one that neither centres nor shifts (Zhang and Sennrich 2019).
 
     Whoever computes attention in another way (the cached step of decoding) uses `before` and `after` around it.
     """
@@ -105,12 +121,12 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(spec, d_ff, rngs=rngs)
         self.feed_forward_norm = _norm(spec, rngs)
 
-    def before(self, x_BTD: Float[Array, "B T D"], norm: nnx.LayerNorm) -> Float[Array, "B T D"]:
+    def before(self, x_BTD: Float[Array, "B T D"], norm: Norm) -> Float[Array, "B T D"]:
         """What the sublayer reads."""
         return norm(x_BTD).astype(x_BTD.dtype) if self.norm == "pre" else x_BTD
 
     def after(
-        self, x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"], norm: nnx.LayerNorm, keys: Keys = None
+        self, x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"], norm: Norm, keys: Keys = None
     ) -> Float[Array, "B T D"]:
         """The residual stream with what the sublayer wrote."""
         if keys is not None:
@@ -192,7 +208,7 @@ def _run_equal(
 
 
 class Stack(nnx.Module):
-    """L blocks over embedded tokens: positions and dropout first, and with pre-norm a LayerNorm last.
+    """L blocks over embedded tokens: positions and dropout first, and with pre-norm a norm last.
 
     With layers="scan" neighbours of one structure (same heads, same widths) run as one `lax.scan`. Each layer still
     holds its own parameters, stacked only while the step runs: a checkpoint does not tell how its layers were run.

@@ -42,12 +42,21 @@ def _all_attention(run: RunSpec, model: ModelSpec, what: str) -> int:
     return _over_layers(run, model, lambda shape: _attention_flops(model, shape, run.data.length))
 
 
+def _feed_forward_unit(model: ModelSpec, what: str) -> int:
+    """What one more unit of F costs in a block: a column of each product into F, a row of the one out of it."""
+    into = 2 if model.activation == "swiglu" else 1
+    if what == "flops":
+        return 2 * (into + 1) * model.d_model
+    return (into + 1) * model.d_model + (into if model.use_ff_bias else 0)
+
+
 def matched_d_ff(run: RunSpec) -> int:
     """The feed-forward width at which the model costs what the base cell does, `model.match` saying in which coin.
 
       F = d_ff + round((attention(base) - attention(cell)) / (feed-forward blocks * cost of one unit of F))
 
-    One unit of F costs 2D + 1 parameters (its bias included), or 4D FLOPs a token. Halves round up.
+    One unit of F costs 2D + 1 parameters (its bias included), or 4D FLOPs a token; with SwiGLU 3D + 2, or 6D. Halves
+    round up.
 
     Returns: model.d_ff itself for match="none".
     Raises:  UserError where not even F = 1 is cheap enough, or match_base names something that is no head shape.
@@ -62,7 +71,7 @@ def matched_d_ff(run: RunSpec) -> int:
     shape = dict.fromkeys(_BASE_FIELDS) | {"num_heads": model.num_heads} | given
     base = dataclasses.replace(model, match="none", match_base=None, **shape)
     missing = _all_attention(run, base, model.match) - _all_attention(run, model, model.match)
-    unit = 2 * model.d_model + 1 if model.match == "params" else 4 * model.d_model
+    unit = _feed_forward_unit(model, model.match)
     per_step = unit * model.num_layers * _num_stacks(run)
     width = model.d_ff + (2 * missing + per_step) // (2 * per_step)
     if width < 1:
@@ -82,8 +91,9 @@ def parameters(run: RunSpec) -> int:
     total = run.data.tokens * d_model
     total += stacks * model.max_length * d_model if model.positions == "learned" else 0
     total += _all_attention(run, model, "params")
-    total += blocks * (2 * d_model * width + width + d_model)
-    total += 2 * d_model * (attentions + blocks + (stacks if model.norm == "pre" else 0))
+    total += blocks * (width * _feed_forward_unit(model, "params") + (d_model if model.use_ff_bias else 0))
+    norms = attentions + blocks + (stacks if model.norm == "pre" else 0)
+    total += norms * d_model * (2 if model.normalization == "layer" else 1)
     if run.task == "classification":
         total += (d_model + 1) * (run.data.num_classes or 0)
     return total
@@ -95,7 +105,7 @@ def flops_per_token(run: RunSpec) -> int:
     Left out: the classifier's last layer, which acts once a sequence.
     """
     model = run.model
-    feed_forward = _num_stacks(run) * model.num_layers * 4 * model.d_model * matched_d_ff(run)
+    feed_forward = _num_stacks(run) * model.num_layers * _feed_forward_unit(model, "flops") * matched_d_ff(run)
     logits = 0 if run.task == "classification" else 2 * run.data.tokens * model.d_model
     return _all_attention(run, model, "flops") + feed_forward + logits
 

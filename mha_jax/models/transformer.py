@@ -14,21 +14,21 @@ from mha_jax.specs import RunSpec
 class TokenTable(nnx.Module):
     """One vector a token, read on the way in and on the way out (Vaswani et al. 2017, section 3.4).
 
-      x[b,t] = sqrt(D) * embedding[token[b,t]],   logits[b,t,c] = <y[b,t], embedding[c]>
+      x[b,t] = scale * embedding[token[b,t]],   logits[b,t,c] = <y[b,t], embedding[c]>
 
-    The embedding starts normal with deviation D**-0.5, so that x has unit variance and so have the logits.
+    The embedding starts normal with deviation D**-0.5: with scale = sqrt(D), x and the logits have unit variance.
     """
 
     def __init__(
-        self, num_tokens: int, d_model: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self, num_tokens: int, d_model: int, scale: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        self.d_model, self.dtype, self.param_dtype = d_model, dtype, param_dtype
+        self.d_model, self.scale, self.dtype, self.param_dtype = d_model, scale, dtype, param_dtype
         draw = jax.random.normal(rngs.params(), (num_tokens, d_model), param_dtype)
         self.embedding = nnx.Param(draw * d_model**-0.5)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Vectors of tokens, in the compute dtype."""
-        return (self.embedding[...][tokens_BT] * self.d_model**0.5).astype(self.dtype)
+        return (self.embedding[...][tokens_BT] * self.scale).astype(self.dtype)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
         """Scores of every token, accumulated and returned in the parameters' dtype."""
@@ -42,6 +42,7 @@ def _token_table(run: RunSpec, rngs: nnx.Rngs) -> TokenTable:
     return TokenTable(
         run.data.tokens,
         run.model.d_model,
+        run.model.d_model**0.5 if run.model.scale_embedding else 1.0,
         dtype=jnp.dtype(run.model.dtype),
         param_dtype=param_dtype(run.model),
         rngs=rngs,

@@ -18,8 +18,9 @@ class DataSpec:
     source: Literal["embedded", "text", "parallel", "tfds"]
     length: int
     batch_size: int
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    tokenizer: Literal["bytes", "bpe", "llama2c"] = "bytes"
     vocab_size: int | None = None
+    tokenizer_file: str | None = None  # of "llama2c", which is not trained here
     files: Mapping[str, Any] | None = None
     tfds_name: str | None = None
     languages: tuple[str, str] | None = None  # source and target; None: the order that the TFDS set itself gives
@@ -33,15 +34,20 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         choice("data.source", self.source, ("embedded", "text", "parallel", "tfds"))
-        choice("data.tokenizer", self.tokenizer, ("bytes", "bpe"))
+        choice("data.tokenizer", self.tokenizer, ("bytes", "bpe", "llama2c"))
         at_least("data.length", self.length, 2)
         at_least("data.batch_size", self.batch_size, 1)
-        if self.tokenizer == "bpe":
+        if self.tokenizer in ("bpe", "llama2c"):
             at_least("data.vocab_size", self.vocab_size, BYTE_VOCAB_SIZE)
         elif self.vocab_size not in (None, BYTE_VOCAB_SIZE):
             raise UserError(
                 f"data.vocab_size={self.vocab_size} does not fit data.tokenizer='bytes', "
                 f"which has {BYTE_VOCAB_SIZE}; leave it out or use 'bpe'"
+            )
+        if (self.tokenizer == "llama2c") != bool(self.tokenizer_file):
+            raise UserError(
+                f"data.tokenizer_file={self.tokenizer_file!r} does not fit data.tokenizer={self.tokenizer!r}: "
+                "'llama2c' needs its tokenizer.bin, the others need none"
             )
         if self.source in ("text", "parallel") and not (self.files and self.files.get("train")):
             raise UserError(f"data.source={self.source!r} needs data.files.train")

@@ -17,6 +17,11 @@ class ModelSpec:
     `num_heads`, `num_kv_heads`, `qk_dim` and `v_dim` are each one value, a tuple with one a layer, or a dict by kind of
     attention ("encoder", "decoder", "cross") whose values are either. Widths are per head; None derives d_model / H.
 
+    `head_to_group` likewise: one map (a group for each head) for all layers, a tuple with a map or None for each layer,
+    or a dict by kind; None is the map of neighbouring heads, for which G must divide H.
+
+    `use_bias` is of the attentions, `use_ff_bias` of the feed-forward layers. Tokens enter times sqrt(d_model), or as
+    their embedding is without `scale_embedding`.
     `layers`: "unrolled", or "scan" neighbours of equal shape: less to compile in deep models.
     `remat`: what the backward pass computes again instead of keeping it: "none", the "attention" sublayers, all but
     products with weights ("dots"), all but the inputs of each "block".
@@ -34,9 +39,14 @@ class ModelSpec:
     head_to_group: tuple[int, ...] | None = None
     positions: Literal["sinusoidal", "learned", "rope", "none"] = "learned"
     norm: Literal["pre", "post"] = "pre"
-    activation: Literal["relu", "gelu"] = "gelu"
+    rope_base: float = 10_000.0
+    normalization: Literal["layer", "rms"] = "layer"
+    norm_epsilon: float = 1e-6
+    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
     use_bias: bool = False
     dropout_rate: float = 0.0
+    use_ff_bias: bool = True
+    scale_embedding: bool = True
     attention_dropout_rate: float = 0.0
     match: Literal["none", "params", "flops"] = "none"
     match_base: Mapping[str, Any] | None = None
@@ -51,13 +61,17 @@ class ModelSpec:
             at_least(f"model.{field}", getattr(self, field), 1)
         choice("model.positions", self.positions, ("sinusoidal", "learned", "rope", "none"))
         choice("model.norm", self.norm, ("pre", "post"))
-        choice("model.activation", self.activation, ("relu", "gelu"))
+        choice("model.normalization", self.normalization, ("layer", "rms"))
+        choice("model.activation", self.activation, ("relu", "gelu", "swiglu"))
         choice("model.match", self.match, ("none", "params", "flops"))
         choice("model.init", self.init, ("independent", "shared"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
         choice("model.layers", self.layers, ("unrolled", "scan"))
         choice("model.remat", self.remat, ("none", "attention", "dots", "block"))
         rate("model.dropout_rate", self.dropout_rate)
+        for field in ("rope_base", "norm_epsilon"):
+            if not getattr(self, field) > 0:
+                raise UserError(f"model.{field}={getattr(self, field)!r} must be positive")
         rate("model.attention_dropout_rate", self.attention_dropout_rate)
         if self.match != "none" and self.match_base is None:
             raise UserError(
