@@ -17,11 +17,9 @@ class ModelSpec:
     `num_heads`, `num_kv_heads`, `qk_dim` and `v_dim` are each one value, a tuple with one a layer, or a dict by kind of
     attention ("encoder", "decoder", "cross") whose values are either. Widths are per head; None derives d_model / H.
 
-    `head_to_group` likewise: one map (a group for each head) for all layers, a tuple with a map or None for each layer,
-    or a dict by kind; None is the map of neighbouring heads, for which G must divide H.
-
     `use_bias` is of the attentions, `use_ff_bias` of the feed-forward layers. Tokens enter times sqrt(d_model), or as
     their embedding is without `scale_embedding`.
+
     `layers`: "unrolled", or "scan" neighbours of equal shape: less to compile in deep models.
     `remat`: what the backward pass computes again instead of keeping it: "none", the "attention" sublayers, all but
     products with weights ("dots"), all but the inputs of each "block".
@@ -38,15 +36,15 @@ class ModelSpec:
     v_dim: HeadCount | None = None
     head_to_group: tuple[int, ...] | None = None
     positions: Literal["sinusoidal", "learned", "rope", "none"] = "learned"
-    norm: Literal["pre", "post"] = "pre"
     rope_base: float = 10_000.0
+    norm: Literal["pre", "post"] = "pre"
     normalization: Literal["layer", "rms"] = "layer"
     norm_epsilon: float = 1e-6
     activation: Literal["relu", "gelu", "swiglu"] = "gelu"
     use_bias: bool = False
-    dropout_rate: float = 0.0
     use_ff_bias: bool = True
     scale_embedding: bool = True
+    dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     match: Literal["none", "params", "flops"] = "none"
     match_base: Mapping[str, Any] | None = None
@@ -68,10 +66,10 @@ class ModelSpec:
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
         choice("model.layers", self.layers, ("unrolled", "scan"))
         choice("model.remat", self.remat, ("none", "attention", "dots", "block"))
-        rate("model.dropout_rate", self.dropout_rate)
         for field in ("rope_base", "norm_epsilon"):
             if not getattr(self, field) > 0:
                 raise UserError(f"model.{field}={getattr(self, field)!r} must be positive")
+        rate("model.dropout_rate", self.dropout_rate)
         rate("model.attention_dropout_rate", self.attention_dropout_rate)
         if self.match != "none" and self.match_base is None:
             raise UserError(
