@@ -1,9 +1,11 @@
 """Rows of token ids packed into the arrays that a task's model takes. A row of -1 is padding: row 0 with weight 0.
 
-Every text ends in EOS. A text longer than the batch keeps its first tokens and an EOS; `lengths` says how long it was.
+Every text ends in the tokenizer's end token, EOS for pairs and labelled texts. One of these that is longer than the
+batch keeps its first tokens and an EOS; `lengths` says how long it was.
 
-Each task's class has `lengths(split)`: the tokens of every row, EOS included; `batch(split, rows, length)`: the rows as
-arrays of `length` columns; and `drops_long`: whether training leaves out rows that do not fit, or cuts them.
+Each task's class has `lengths(split)`: the tokens of every row, the end token included; `batch(split, rows, length)`:
+the rows as arrays of `length` columns; and `drops_long`: whether training leaves rows out that do not fit, or cuts
+them.
 """
 
 import numpy as np
@@ -30,14 +32,14 @@ class LMBatches:
     """A split is one stream, BOS and then every text; row i predicts its tokens i * T to (i + 1) * T.
 
     In training the tokens behind the last whole window are left out; evaluation pads them. Segments, where asked for,
-    number the texts of a window: a text begins with the EOS before it and sees nothing further back.
+    number the texts of a window: a text begins with the end token before it and sees nothing further back.
     """
 
     drops_long = True
 
     def __init__(self, tokens: TokenSet, splits: tuple[str, ...], spec: DataSpec):
         self._streams = {split: tokens.tokens(split, "text").flat for split in splits}
-        self._length, self._segments = spec.length, spec.segments
+        self._length, self._segments, self._end = spec.length, spec.segments, tokens.tokenizer.end
 
     def lengths(self, split: str) -> np.ndarray:
         size = len(self._streams[split])
@@ -54,7 +56,7 @@ class LMBatches:
         weights = (real & (rows >= 0)[:, None]).astype(np.float32)
         batch = {"inputs": inputs, "targets": targets, "weights": weights, "row": _row(rows)}
         if self._segments:
-            batch["segments"] = np.cumsum(inputs == EOS, axis=1, dtype=np.int32)
+            batch["segments"] = np.cumsum(inputs == self._end, axis=1, dtype=np.int32)
         return batch
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mha_jax.data import datasets
+from mha_jax.data import datasets, files
 from mha_jax.data.datasets import Corpus, Split
+from mha_jax.data.pieces import PieceTokenizer
 from mha_jax.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, train_bpe
-from mha_jax.specs import EOS, DataSpec, UserError
+from mha_jax.specs import DataSpec, UserError
 
 _FORMAT = 1  # part of every key: raise it when what is stored changes
 FIELDS = {"lm": ("text",), "translation": ("source", "target"), "classification": ("text",)}
@@ -27,7 +28,7 @@ FIELDS = {"lm": ("text",), "translation": ("source", "target"), "classification"
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Texts end to end: text i is flat[offsets[i]:offsets[i + 1]], its last token EOS."""
+    """Texts end to end: text i is flat[offsets[i]:offsets[i + 1]], its last token the tokenizer's `end`."""
 
     flat: np.ndarray
     offsets: np.ndarray
@@ -74,6 +75,8 @@ def open_tokens(spec: DataSpec, task: str, cache_dir: epath.PathLike) -> TokenSe
     content = datasets.content_key(spec)
     deciding = [_FORMAT, task, content, spec.source, spec.tokenizer, spec.tokens, spec.max_examples]
     deciding += [spec.validation_fraction, spec.num_classes]
+    if spec.tokenizer_file:
+        deciding += list(files.digests({"train": spec.tokenizer_file}).values())
     key = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
     directory = root / "tokens" / key
     if not directory.exists():
@@ -82,8 +85,15 @@ def open_tokens(spec: DataSpec, task: str, cache_dir: epath.PathLike) -> TokenSe
             if not directory.exists():  # another process may have made it while this one waited
                 corpus = datasets.open_corpus(spec, task, content, root)
                 _write(corpus, spec, task, content, directory)
-    tokenizer = BPETokenizer(directory / "tokenizer.json") if spec.tokenizer == "bpe" else ByteTokenizer()
-    return TokenSet(directory, json.loads((directory / "facts.json").read_text()), tokenizer)
+    return TokenSet(directory, json.loads((directory / "facts.json").read_text()), _tokenizer(spec, directory))
+
+
+def _tokenizer(spec: DataSpec, directory: epath.Path) -> Tokenizer:
+    if spec.tokenizer == "bpe":
+        return BPETokenizer(directory / "tokenizer.json")
+    if spec.tokenizer == "llama2c":
+        return PieceTokenizer(directory / "tokenizer.bin", spec.tokens)
+    return ByteTokenizer()
 
 
 @contextlib.contextmanager
@@ -99,10 +109,12 @@ def _write(corpus: Corpus, spec: DataSpec, task: str, content: dict[str, Any], d
     """Encodes into a directory beside the final one and renames it: what exists is whole."""
     unfinished = epath.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=os.fspath(directory.parent)))
     try:
-        tokenizer: Tokenizer = ByteTokenizer()
         if spec.tokenizer == "bpe":
             texts = (text for chunk in corpus.splits["train"].chunks() for example in chunk for text in example.texts)
-            tokenizer = train_bpe(texts, spec.tokens, unfinished / "tokenizer.json")
+            train_bpe(texts, spec.tokens, unfinished / "tokenizer.json")
+        elif spec.tokenizer_file:
+            epath.Path(spec.tokenizer_file).copy(unfinished / "tokenizer.bin")
+        tokenizer = _tokenizer(spec, unfinished)
         digest = hashlib.sha256()
         splits = {
             split: _write_split(examples, split, task, tokenizer, digest, unfinished)
@@ -136,7 +148,7 @@ def _write_split(
         labels += [example.label for example in chunk]
         for column, field in enumerate(fields):
             texts = [example.texts[column] for example in chunk]
-            encoded = [np.append(one, EOS) for one in tokenizer.encode(texts)]
+            encoded = [np.append(one, tokenizer.end) for one in tokenizer.encode(texts)]
             ids[field].append(np.concatenate(encoded).astype(dtype))
             lengths[field] += [len(one) for one in encoded]
         for example in chunk:

@@ -1,10 +1,11 @@
-"""Text to token ids and back: raw bytes, or byte-level BPE trained on the training split.
+"""Text to token ids and back: raw bytes, byte-level BPE trained on the training split, or the pieces of llama2.c.
 
-Both begin with the four special tokens of `mha_jax.specs` (PAD 0, BOS 1, EOS 2, MASK 3). Text that happens to spell a
-special token ("<eos>") is ordinary text.
+The first two begin with the four special tokens of `mha_jax.specs` (PAD 0, BOS 1, EOS 2, MASK 3), llama2.c's with the
+first three of them. Text that happens to spell a special token ("<eos>") is ordinary text.
 
-Both have `encode(texts)`: the int32 ids of each, special tokens not added; and `decode(ids)`: their text, where special
-tokens say nothing and bytes that are no UTF-8 become U+FFFD. `path` is the tokenizer.json that a BPE was saved to.
+All have `encode(texts)`: the int32 ids of each, special tokens not added; and `decode(ids)`: their text, where special
+tokens say nothing and bytes that are no UTF-8 become U+FFFD. `end` is the token after every text. `path` is the file
+that holds a tokenizer which is more than a rule.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,8 @@ from typing import SupportsInt
 import numpy as np
 from etils import epath
 
-from mha_jax.specs import BYTE_VOCAB_SIZE, SPECIAL_TOKENS, UserError
+from mha_jax.data.pieces import PieceTokenizer
+from mha_jax.specs import BYTE_VOCAB_SIZE, EOS, SPECIAL_TOKENS, UserError
 
 _OFFSET = len(SPECIAL_TOKENS)
 
@@ -23,6 +25,7 @@ class ByteTokenizer:
 
     name = "bytes"
     vocab_size = BYTE_VOCAB_SIZE
+    end = EOS
     path = None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -36,6 +39,7 @@ class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in Radford et al. 2019): no text is unknown."""
 
     name = "bpe"
+    end = EOS
 
     def __init__(self, path: epath.Path):
         from tokenizers import Tokenizer as Backend
@@ -82,4 +86,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.Path) -> BPETok
     return BPETokenizer(path)
 
 
-Tokenizer = ByteTokenizer | BPETokenizer
+Tokenizer = ByteTokenizer | BPETokenizer | PieceTokenizer

@@ -1,11 +1,11 @@
-"""Writing token after token: greedy for language models, beam search for translation."""
+"""Writing token after token: greedy or drawn for language models, beam search for translation."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from mha_jax.models.cache import Cache, Memory, cached_step, empty_cache, read_memory
 from mha_jax.models.transformer import LanguageModel, TranslationModel
@@ -24,20 +24,29 @@ def _next_token_scores(
     position: Array,
     cache: Cache,
     memory: Memory | None = None,
+    end: int = EOS,
 ) -> tuple[Array, Cache]:
     """Log probabilities [N, C] of the token after `position`; what is never a target can never be written."""
     x_N1D, cache = cached_step(model.decoder, model.tokens.embed(tokens_N[:, None]), position, cache, memory)
     scores_NC = jax.nn.log_softmax(model.tokens.logits(x_N1D)[:, 0])
-    return scores_NC.at[:, jnp.array([PAD, BOS, MASK])].set(-jnp.inf), cache
+    never = [token for token in (PAD, BOS, MASK) if token != end]
+    return scores_NC.at[:, jnp.array(never)].set(-jnp.inf), cache
 
 
 def generate(
-    model: LanguageModel, prompt_BT: Int[Array, "B T"], prompt_lengths_B: Int[Array, " B"], *, max_length: int
+    model: LanguageModel,
+    prompt_BT: Int[Array, "B T"],
+    prompt_lengths_B: Int[Array, " B"],
+    *,
+    max_length: int,
+    end: int = EOS,
+    key: Key[Array, ""] | None = None,
 ) -> Int[Array, "B max_length"]:
-    """Continues prompts greedily: each next token is the most probable one.
+    """Continues prompts: each next token is the most probable one, or with a `key` drawn from the probabilities.
 
     Args:    prompt_lengths_B: at least 1; rows may differ, what lies beyond is not read.
-    Returns: prompt, continuation up to and with EOS, then PAD.
+             end: the token that ends a text; llama2.c's models end one with the BOS of the next.
+    Returns: prompt, continuation up to and with the end token, then PAD.
     Raises:  UserError where max_length is shorter than the prompts' array or longer than the model's positions.
     """
     _check_length(model, max_length)
@@ -54,11 +63,15 @@ def generate(
         position, tokens_BT, ended_B, cache = state
         here_B = lax.dynamic_index_in_dim(tokens_BT, position, axis=1, keepdims=False)
         given_B = lax.dynamic_index_in_dim(tokens_BT, position + 1, axis=1, keepdims=False)
-        scores_BC, cache = _next_token_scores(model, here_B, position, cache)
-        chosen_B = jnp.where(ended_B, PAD, scores_BC.argmax(axis=-1)).astype(tokens_BT.dtype)
+        scores_BC, cache = _next_token_scores(model, here_B, position, cache, end=end)
+        if key is None:
+            best_B = scores_BC.argmax(axis=-1)
+        else:
+            best_B = jax.random.categorical(jax.random.fold_in(key, position), scores_BC)
+        chosen_B = jnp.where(ended_B, PAD, best_B).astype(tokens_BT.dtype)
         in_prompt_B = position + 1 < prompt_lengths_B
         next_B = jnp.where(in_prompt_B, given_B, chosen_B)
-        ended_B = ended_B | ((next_B == EOS) & ~in_prompt_B)
+        ended_B = ended_B | ((next_B == end) & ~in_prompt_B)
         return position + 1, tokens_BT.at[:, position + 1].set(next_B), ended_B, cache
 
     state = (jnp.array(0), tokens_BT, jnp.zeros(rows, bool), empty_cache(model.decoder, rows, max_length))

@@ -114,7 +114,7 @@ def read(path: epath.PathLike) -> Llama2c:
 def _sizes(path: epath.PathLike, raw: bytes) -> dict[str, int]:
     if len(raw) < _HEADER.itemsize * len(_FIELDS):
         raise UserError(f"checkpoint {path} has {len(raw)} bytes, fewer than the header of a llama2.c checkpoint")
-    sizes = dict(zip(_FIELDS, np.frombuffer(raw, _HEADER, len(_FIELDS)).tolist(), strict=True))
+    sizes: dict[str, int] = dict(zip(_FIELDS, np.frombuffer(raw, _HEADER, len(_FIELDS)).tolist(), strict=True))
     if sizes["vocab_size"] < 0 and -sizes["vocab_size"] < 1 << 24:
         raise UserError(f"checkpoint {path} has an output table of its own; only tied ones can be read")
     heads, groups = sizes["num_heads"], sizes["num_kv_heads"]

@@ -70,6 +70,8 @@ class RunSpec:
             )
         if self.task == "translation" and self.data.source not in ("parallel", "tfds"):
             raise UserError(f"task='translation' needs data.source='parallel' or 'tfds', not {self.data.source!r}")
+        if self.data.tokenizer == "llama2c" and self.task != "lm":
+            raise UserError(f"data.tokenizer='llama2c' is for task='lm', not {self.task!r}: its texts have no EOS")
         if self.task == "classification" and not self.data.num_classes:
             raise UserError("task='classification' needs data.num_classes")
         if self.parallel == "pmap" and (self.mesh.seed, self.mesh.head) != (1, 1):

@@ -63,7 +63,8 @@ class _Training:
         with self.clock("data"):
             self.data = load(run.data, run.task, cache_dir)
             if self.data.tokenizer.path:
-                self.data.tokenizer.path.copy(directory / "tokenizer.json", overwrite=True)
+                file = self.data.tokenizer.path
+                file.copy(directory / file.name, overwrite=True)
         self.program: JitProgram = make_program(run, jax.devices())
         self.log = MetricsLog(directory, run.seeds)
         self.checkpoints = Checkpoints(directory / "checkpoints", keep_last=run.training.keep_last)

@@ -1,0 +1,91 @@
+"""Runs whose weights were trained elsewhere: directories like those of any finished run of one step."""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mha_jax import config as configs
+from mha_jax.data import load
+from mha_jax.data.tokenizers import Tokenizer
+from mha_jax.models.decoding import generate
+from mha_jax.specs import BOS, RunSpec, UserError
+from mha_jax.sweeps.cell import Exit, data_dir, run_cell
+from mha_jax.sweeps.store import RunDirectory
+from mha_jax.training.checkpoints import Checkpoints
+from mha_jax.training.loop import Window
+from mha_jax.training.step import State, init_state, merge
+
+_ROWS = 64  # texts written at once
+
+
+def origin(path: epath.PathLike) -> dict[str, Any]:
+    """What the config of an imported run says under "parent": the file's name and its sha256."""
+    file = epath.Path(path)
+    return {"run": file.name, "surgery": "import", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def imported_state(run: RunSpec, params: Any) -> State:
+    """The state after the run's last step with these params for its only seed, and an optimiser that has seen nothing.
+
+    Raises: UserError for the first array that the run's model does not have, or has in another shape.
+    """
+    state = init_state(run)
+    given = dict(_named(params))
+    wanted = dict(_named(state["params"]))
+    for name in sorted(given.keys() | wanted.keys()):
+        have, want = (list(np.shape(d[name])) if name in d else "no such array" for d in (given, wanted))
+        if ([1, *have] if isinstance(have, list) else have) != want:
+            raise UserError(f"{name} is {have} in the checkpoint; the model wants {want[1:]}")
+    leaves = [jnp.asarray(given[name], leaf.dtype)[None] for name, leaf in wanted.items()]
+    params = jax.tree.unflatten(jax.tree.structure(state["params"]), leaves)
+    return {**state, "params": params, "step": jnp.full_like(state["step"], run.training.steps)}
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def write_imported(workdir: epath.PathLike, config: ConfigDict | Mapping[str, Any], params: Any) -> RunDirectory:
+    """A new run directory WORKDIR/runs/NAME-HASH with the params as its last checkpoint, evaluated on its data.
+
+    Raises: UserError where that directory is there already, the params do not fit, or the data is at fault.
+    """
+    directory = RunDirectory(epath.Path(workdir) / "runs" / configs.run_id(config, {}))
+    if (directory.path / "config.json").exists():
+        raise UserError(f"{directory.path} is there already; remove it, or name another --workdir")
+    run = configs.resolve(config)
+    state = imported_state(run, params)
+    load(run.data, run.task, data_dir(run, directory.workdir))  # what is wrong with it shows before anything is written
+    checkpoints = Checkpoints(directory.path / "checkpoints", keep_last=run.training.keep_last)
+    metadata = {"config_hash": configs.config_hash(config), "window": Window().as_dict()}
+    checkpoints.save(run.training.steps, state, metadata)
+    checkpoints.close()
+    directory = RunDirectory.create(directory.path, config)
+    if run_cell(directory, progress=False) != Exit.DONE:
+        raise UserError(directory.failure)
+    return directory
+
+
+def own_texts(run: RunSpec, params: Any, tokenizer: Tokenizer, count: int, seed: int = 0) -> list[str]:
+    """Texts that an imported language model writes from its start token on, each token drawn from its probabilities.
+
+    A text ends where the model ends it, or after model.max_length tokens; blank lines, which part texts, are left out.
+    """
+    state = imported_state(run, params)
+    model = merge(run, *jax.tree.map(lambda leaf: leaf[0], (state["params"], state["constants"])))
+    write = jax.jit(functools.partial(generate, max_length=run.model.max_length, end=tokenizer.end))
+    rows = min(count, _ROWS)
+    prompts, lengths = jnp.full((rows, 1), BOS), jnp.ones(rows, int)
+    texts: list[str] = []
+    for number in range(-(-count // rows)):
+        tokens = write(model, prompts, lengths, key=jax.random.fold_in(jax.random.key(seed), number))
+        texts += [tokenizer.decode(row) for row in np.asarray(tokens)]
+    return ["\n".join(line for line in text.split("\n") if line.strip()) for text in texts[:count]]
