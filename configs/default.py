@@ -29,6 +29,7 @@ def get_config(profile: str = "") -> ConfigDict:
     config.seeds = (0, 1, 2)
     config.parallel = "jit"
     config.mesh = ConfigDict({"seed": 1, "data": placeholder(int), "head": 1})
+    config.parent = placeholder(dict)  # written by experiments.heads into the runs that it makes
 
     config.model = model = ConfigDict()
     model.num_layers = 2

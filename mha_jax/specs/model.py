@@ -8,6 +8,7 @@ from mha_jax.specs.checks import UserError, at_least, choice, rate
 from mha_jax.specs.heads import HeadShape
 
 HeadCount = int | tuple[int, ...] | Mapping[str, Any]
+HeadMap = tuple[int, ...] | tuple[tuple[int, ...] | None, ...] | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,8 @@ class ModelSpec:
 
     `num_heads`, `num_kv_heads`, `qk_dim` and `v_dim` are each one value, a tuple with one a layer, or a dict by kind of
     attention ("encoder", "decoder", "cross") whose values are either. Widths are per head; None derives d_model / H.
+    `head_to_group` likewise: one map (a group for each head) for all layers, a tuple with a map or None for each layer,
+    or a dict by kind; None is the map of neighbouring heads, for which G must divide H.
 
     `use_bias` is of the attentions, `use_ff_bias` of the feed-forward layers. Tokens enter times sqrt(d_model), or as
     their embedding is without `scale_embedding`.
@@ -34,7 +37,7 @@ class ModelSpec:
     num_kv_heads: HeadCount | None = None
     qk_dim: HeadCount | None = None
     v_dim: HeadCount | None = None
-    head_to_group: tuple[int, ...] | None = None
+    head_to_group: HeadMap | None = None
     positions: Literal["sinusoidal", "learned", "rope", "none"] = "learned"
     rope_base: float = 10_000.0
     norm: Literal["pre", "post"] = "pre"
@@ -82,7 +85,7 @@ class ModelSpec:
         for layer in range(self.num_layers):
             fields = [self._of_layer(name, kind, layer) for name in ("num_heads", "num_kv_heads", "qk_dim", "v_dim")]
             try:
-                shape = HeadShape.resolve(self.d_model, *fields, head_to_group=self.head_to_group)
+                shape = HeadShape.resolve(self.d_model, *fields, head_to_group=self._map_of_layer(kind, layer))
             except UserError as error:
                 raise UserError(f"{error} (model, {kind} layer {layer})") from None
             if self.positions == "rope" and kind != "cross" and shape.num_heads and shape.qk_dim % 2:
@@ -101,15 +104,32 @@ class ModelSpec:
                 )
 
     def _of_layer(self, field: str, kind: str, layer: int) -> Any:
-        value: Any = getattr(self, field)
-        if isinstance(value, Mapping):
-            if kind not in value:
-                raise UserError(f"model.{field} has no entry for {kind!r}; it has {', '.join(map(repr, value))}")
-            value = value[kind]
+        value = self._of_kind(field, kind)
         if isinstance(value, (tuple, list)):
-            if len(value) != self.num_layers:
-                raise UserError(
-                    f"model.{field} lists {len(value)} layers for {kind!r}; model.num_layers={self.num_layers}"
-                )
+            self._check_layers(field, kind, len(value))
             value = value[layer]
         return value
+
+    def _map_of_layer(self, kind: str, layer: int) -> Any:
+        value = self._of_kind("head_to_group", kind)
+        # A list of maps, where a list of numbers would be one map.
+        if isinstance(value, (tuple, list)) and any(one is None or isinstance(one, (tuple, list)) for one in value):
+            self._check_layers("head_to_group", kind, len(value))
+            value = value[layer]
+        if value is None:
+            return None
+        if not isinstance(value, (tuple, list)) or any(type(group) is not int for group in value):
+            raise UserError(f"model.head_to_group={value!r} must be None or a list with the number of a group a head")
+        return tuple(value)
+
+    def _of_kind(self, field: str, kind: str) -> Any:
+        value: Any = getattr(self, field)
+        if not isinstance(value, Mapping):
+            return value
+        if kind not in value:
+            raise UserError(f"model.{field} has no entry for {kind!r}; it has {', '.join(map(repr, value))}")
+        return value[kind]
+
+    def _check_layers(self, field: str, kind: str, count: int) -> None:
+        if count != self.num_layers:
+            raise UserError(f"model.{field} lists {count} layers for {kind!r}; model.num_layers={self.num_layers}")

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from mha_jax.specs.checks import UserError, at_least, choice, divisors, listing
 from mha_jax.specs.data import DataSpec
@@ -56,6 +57,8 @@ class RunSpec:
     optimizer: OptimizerSpec
     training: TrainingSpec
     decoding: DecodingSpec
+    # The run, seed and step whose state this one was cut out of, and how; its training starts from a checkpoint only.
+    parent: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         choice("task", self.task, tuple(ATTENTION_KINDS))

@@ -78,6 +78,11 @@ class _Training:
             restored = self.checkpoints.restore(self.program.abstract_state())
         for problem in self.checkpoints.problems:
             tqdm.write(f"warning: {problem}")
+        if restored is None and self.run.parent is not None:
+            raise UserError(
+                f"{self.checkpoints.directory} has no good checkpoint, and a run made out of {self.run.parent['run']} "
+                "has no other start: make it again"
+            )
         if restored is None:
             self.log.rewind(-1)
             with self.clock("compile"):
