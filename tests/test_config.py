@@ -37,6 +37,12 @@ WRONG = [
     ({"model__match": "params"}, "needs model.match_base"),
     ({"data__length": 17}, "data.length=17 is longer than model.max_length=16 positions"),
     ({"data__vocab_size": 300}, "data.vocab_size=300 does not fit data.tokenizer='bytes', which has 260"),
+    ({"model__norm_epsilon": 0.0}, "model.norm_epsilon=0.0 must be positive"),
+    (
+        {"data__tokenizer": "llama2c", "data__vocab_size": 300},
+        "data.tokenizer_file=None does not fit data.tokenizer='llama2c'",
+    ),
+    ({"data__tokenizer_file": "t.bin"}, "data.tokenizer_file='t.bin' does not fit data.tokenizer='bytes'"),
     ({"data__tokenizer": "bpe"}, "data.vocab_size=None must be an integer of at least 260"),
     ({"data__source": "tfds"}, "needs data.tfds_name"),
     ({"data__files__train": None}, "needs data.files.train"),

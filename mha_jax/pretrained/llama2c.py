@@ -17,7 +17,7 @@ from mha_jax.specs import UserError
 
 _HEADER = np.dtype("<i4")
 _NUMBER = np.dtype("<f4")
-_FIELDS = ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "max_length")
+FIELDS = ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "max_length")
 # llama2.c's run.c has both as constants: a checkpoint does not say.
 ROPE_BASE, NORM_EPSILON = 10_000.0, 1e-5
 
@@ -94,7 +94,7 @@ def read(path: epath.PathLike) -> Llama2c:
     raw = file.read_bytes()
     sizes = _sizes(path, raw)
     shapes = _shapes(sizes)
-    start = _HEADER.itemsize * len(_FIELDS)
+    start = _HEADER.itemsize * len(FIELDS)
     expected = start + _NUMBER.itemsize * sum(int(np.prod(shape)) for shape in shapes.values())
     if len(raw) != expected:
         raise UserError(
@@ -112,16 +112,16 @@ def read(path: epath.PathLike) -> Llama2c:
 
 
 def _sizes(path: epath.PathLike, raw: bytes) -> dict[str, int]:
-    if len(raw) < _HEADER.itemsize * len(_FIELDS):
+    if len(raw) < _HEADER.itemsize * len(FIELDS):
         raise UserError(f"checkpoint {path} has {len(raw)} bytes, fewer than the header of a llama2.c checkpoint")
-    sizes: dict[str, int] = dict(zip(_FIELDS, np.frombuffer(raw, _HEADER, len(_FIELDS)).tolist(), strict=True))
+    sizes: dict[str, int] = dict(zip(FIELDS, np.frombuffer(raw, _HEADER, len(FIELDS)).tolist(), strict=True))
     if sizes["vocab_size"] < 0 and -sizes["vocab_size"] < 1 << 24:
         raise UserError(f"checkpoint {path} has an output table of its own; only tied ones can be read")
     heads, groups = sizes["num_heads"], sizes["num_kv_heads"]
     plausible = all(0 < size < 1 << 24 for size in sizes.values())
     if not plausible or sizes["d_model"] % heads or heads % groups or sizes["d_model"] // heads % 2:
         raise UserError(
-            f"{path} is no llama2.c checkpoint (version 0): its first seven int32, read as {', '.join(_FIELDS)}, "
+            f"{path} is no llama2.c checkpoint (version 0): its first seven int32, read as {', '.join(FIELDS)}, "
             f"are {', '.join(map(str, sizes.values()))}"
         )
     return sizes

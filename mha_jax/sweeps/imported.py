@@ -32,31 +32,17 @@ def origin(path: epath.PathLike) -> dict[str, Any]:
 
 
 def imported_state(run: RunSpec, params: Any) -> State:
-    """The state after the run's last step with these params for its only seed, and an optimiser that has seen nothing.
-
-    Raises: UserError for the first array that the run's model does not have, or has in another shape.
-    """
+    """The state after the last step with these params for the run's only seed, and a fresh optimiser."""
     state = init_state(run)
-    given = dict(_named(params))
-    wanted = dict(_named(state["params"]))
-    for name in sorted(given.keys() | wanted.keys()):
-        have, want = (list(np.shape(d[name])) if name in d else "no such array" for d in (given, wanted))
-        if ([1, *have] if isinstance(have, list) else have) != want:
-            raise UserError(f"{name} is {have} in the checkpoint; the model wants {want[1:]}")
-    leaves = [jnp.asarray(given[name], leaf.dtype)[None] for name, leaf in wanted.items()]
-    params = jax.tree.unflatten(jax.tree.structure(state["params"]), leaves)
+    params = jax.tree.map(lambda leaf, given: jnp.asarray(given, leaf.dtype)[None], state["params"], params)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, state["params"])
     return {**state, "params": params, "step": jnp.full_like(state["step"], run.training.steps)}
-
-
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def write_imported(workdir: epath.PathLike, config: ConfigDict | Mapping[str, Any], params: Any) -> RunDirectory:
     """A new run directory WORKDIR/runs/NAME-HASH with the params as its last checkpoint, evaluated on its data.
 
-    Raises: UserError where that directory is there already, the params do not fit, or the data is at fault.
+    Raises: UserError where that directory is there already, or the data is at fault.
     """
     directory = RunDirectory(epath.Path(workdir) / "runs" / configs.run_id(config, {}))
     if (directory.path / "config.json").exists():

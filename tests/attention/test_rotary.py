@@ -2,11 +2,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from mha_jax.attention import MultiHeadAttention
 from mha_jax.attention.rotary import rotate
 from mha_jax.specs import UserError
 
 B, T, H, K = 2, 7, 3, 10
+
+
+def test_a_layer_rotates_with_its_own_base():
+    layer = MultiHeadAttention(11, 3, qk_dim=10, v_dim=5, rope=True, rope_base=50.0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (B, T, 11))
+    np.testing.assert_array_equal(layer.queries(x), rotate(layer.query(x), jnp.arange(T), 50.0))
+    assert np.abs(layer.queries(x) - rotate(layer.query(x), jnp.arange(T))).max() > 0.1
 
 
 def test_rotation_is_multiplication_of_complex_pairs():

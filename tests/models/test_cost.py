@@ -31,6 +31,9 @@ HEADS = [
     {"num_heads": 0, "use_bias": True},
     {"positions": "learned", "norm": "post"},
     {"positions": "sinusoidal", "norm": "pre"},
+    {"activation": "swiglu", "normalization": "rms"},
+    {"activation": "swiglu", "normalization": "rms", "norm": "post", "use_ff_bias": False},
+    {"use_ff_bias": False},
 ]
 
 
@@ -61,6 +64,15 @@ def test_flops_of_a_language_model_written_out(make_run):
     square = 2 * 7 * 6 * 4 + 2 * 7 * 6 * 5
     expected = 2 * (projections + square + 2 * 2 * 11 * 13) + 2 * 260 * 11
     assert flops_per_token(make_run("lm", num_heads=6, num_kv_heads=2)) == expected
+
+
+def test_costs_of_a_language_model_with_swiglu_written_out(make_run):
+    # D=11, H=3, K=4, V=5, F=13, L=2, S=7: three products of 11 times 13, norms without a shift
+    run = make_run("lm", activation="swiglu", normalization="rms", use_ff_bias=False)
+    attention, feed_forward = 2 * 11 * 3 * 4 + 2 * 11 * 3 * 5, 3 * 11 * 13
+    assert parameters(run) == 260 * 11 + 17 * 11 + 2 * (attention + feed_forward + 2 * 11) + 11
+    square = 2 * 7 * 3 * 4 + 2 * 7 * 3 * 5
+    assert flops_per_token(run) == 2 * (2 * attention + square + 2 * feed_forward) + 2 * 260 * 11
 
 
 def test_flops_of_a_translator_count_source_and_target_stack(make_run):
@@ -130,6 +142,13 @@ def test_matching_is_what_the_built_model_has(make_run):
     assert parameters(run) == count_built(run)
     # two heads of 4 + 4 + 5 + 5 columns are gone; 23 parameters buy one unit
     assert matched_d_ff(run) == 13 + round(2 * 18 * 11 / 23)
+
+
+def test_a_unit_of_swiglu_is_three_columns_and_two_biases(make_run):
+    swiglu = {"activation": "swiglu", "num_heads": 1, "match_base": BASE}
+    # two heads of 4 + 4 + 5 + 5 columns are gone, and their share of the 2 * 7 * (4 + 5) FLOPs of the square
+    assert matched_d_ff(make_run("lm", match="params", **swiglu)) == 13 + round(2 * 18 * 11 / 35)
+    assert matched_d_ff(make_run("lm", match="flops", **swiglu)) == 13 + round(2 * (2 * 18 * 11 + 14 * 9) / 66)
 
 
 def test_the_base_matches_itself(make_run):

@@ -125,6 +125,20 @@ def test_generate_stops_at_the_end_of_sequence_but_not_at_one_in_the_prompt(make
         assert (written[row, 3 + written[row, 3:].tolist().index(EOS) + 1 :] == PAD).all()
 
 
+def test_drawn_tokens_follow_the_probabilities_and_end_with_the_token_asked_for(make_run):
+    model = build(make_run("lm", num_layers=1), tokens=7)
+    draw = nnx.jit(functools.partial(generate, max_length=3, end=BOS))
+    rows = 4000
+    written = np.asarray(draw(model, jnp.full((rows, 1), 5), jnp.ones(rows, int), key=jax.random.key(0)))
+    scores = np.array(whole_language_model(model, jnp.array([[5, 0, 0]]))[0, 0])
+    scores[[PAD, MASK]] = -np.inf
+    wanted = np.exp(scores) / np.exp(scores).sum()
+    # Four standard deviations of a share of 4000 draws.
+    np.testing.assert_allclose(np.bincount(written[:, 1], minlength=7) / rows, wanted, atol=4 * 0.5 / rows**0.5)
+    ended = written[:, 1] == BOS
+    assert ended.any() and (written[ended, 2] == PAD).all() and (written[~ended, 2] != PAD).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["MQA after Vaswani", "ragged"])
 def test_beam_of_one_is_greedy_over_the_whole_forward(make_run, shape):
