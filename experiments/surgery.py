@@ -10,6 +10,7 @@ from absl import flags
 from etils import epath
 
 from experiments import cli
+from experiments.verbs.importance import even_batches
 from mha_jax import config as configs
 from mha_jax.heads.importance import MEASURES, importance
 from mha_jax.heads.pruning import Scores, random_scores, reversed_scores
@@ -82,13 +83,23 @@ def scores(opened: OpenedRun, seed: int, order: str, *, split: str, batches: int
                 "for another measure run `heads importance` first"
             )
         model = opened.model(seed)
-        tables = importance(opened.run.task, model, list(opened.batches(split, batches)), (measure,))
+        tables = importance(opened.run.task, model, even_batches(opened, split, batches), (measure,))
         found = tables[measure].mean
     return reversed_scores(found) if measure != order else found
 
 
 def _written(opened: OpenedRun, seed: int, measure: str, split: str) -> Scores | None:
-    return None
+    """The measure as `heads importance` has written it, where it read this split and every head."""
+    file = opened.directory.path / "heads" / "importance.json"
+    record = read_json(file) if file.exists() else {}
+    found = record.get("seeds", {}).get(str(seed), {}).get(measure)
+    if (
+        found is None
+        or record["data"].split(",")[0] != split
+        or found["heads"].keys() != head_shapes(opened.run).keys()
+    ):
+        return None
+    return {name: np.asarray(one["mean"], np.float64) for name, one in found["heads"].items()}
 
 
 def one_seed(run: RunSpec, seed: int) -> RunSpec:

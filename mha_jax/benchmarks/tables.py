@@ -172,6 +172,19 @@ def layers_table(result: Result) -> str:
     return markdown(header, [cells(row) for row in result["rows"]])
 
 
+def pruned_table(result: Result) -> str:
+    """One row a batch size: milliseconds of each contestant, and the pruned model over the others, round by round."""
+    first = result["rows"][0]
+    header = ["batch", *(f"{name} ms" for name in first["ms"]), *(f"pruned / {name}" for name in first["ratio"])]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        times = [_spread(ms, 2) for ms in row["ms"].values()]
+        return [str(row["batch_size"]), *times, *(_spread(ratio, 2) for ratio in row["ratio"].values())]
+
+    heads = "; ".join(f"{name}: {' + '.join(map(str, counts))}" for name, counts in result["heads"].items())
+    return _under(markdown(header, [cells(row) for row in result["rows"]]), f"Heads of the layers: {heads}.")
+
+
 def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
     """Rows under each value of one of their fields, in order."""
     return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}

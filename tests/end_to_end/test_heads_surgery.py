@@ -92,6 +92,21 @@ def test_opened_twice_a_pruned_run_is_the_same_to_the_last_bit(script, parent):
     np.testing.assert_array_equal(logits(one, 0, batch), logits(two, 0, batch))
 
 
+@pytest.mark.slow
+def test_grown_runs_tell_what_became_of_the_loss(script, parent):
+    seed = [f"--run={parent}", "--seed=1", "--noprogress"]
+    split = Path(made(script(heads.main, "grow", *seed, "--split=all", "--steps=2")))
+    grouped = Path(made(script(heads.main, "grow", *seed, "--to_groups=1")))
+    told = [json.loads((path / "heads" / "grow.json").read_text()) for path in (split, grouped)]
+    exact, close = (one["validation"]["after"]["loss"] - one["validation"]["before"]["loss"] for one in told)
+    # A mean of some hundred losses of size 5 in float32; four steps of training leave groups far from alike.
+    assert abs(exact) < 1e-5 < 1e-4 < abs(close)
+    assert told[0]["parent"]["exact"] and set(told[0]["heads"]["after"].values()) == {8}
+    assert open_run(split).step == 6
+    assert told[0]["final"]["validation/loss"] != told[0]["validation"]["after"]["loss"]
+    assert [shape.num_kv_heads for shape in open_run(grouped).run.model.heads("decoder")] == [1, 1]
+
+
 WRONG = {
     "no run": (["prune", "--fraction=0.5"], "--run is missing"),
     "no choice": (["prune", "--run={run}"], "exactly one of --fraction"),
@@ -111,6 +126,13 @@ WRONG = {
     ),
     "no such seed": (["prune", "--run={run}", "--fraction=0.5", "--seed=7"], "has no seed 7"),
     "steps": (["prune", "--run={run}", "--count=1", "--steps=-1", "--order=random"], "steps=-1 must be at least 0"),
+    "no way to grow": (["grow", "--run={run}"], "exactly one of --split, --add, --merge, --to_groups"),
+    "groups that do not divide": (["grow", "--run={run}", "--to_groups=3"], "to_groups=3 must divide them: 1 and 2"),
+    "no pair": (
+        ["grow", "--run={run}", "--merge=decoder/0/attention:1"],
+        "is not understood at 'decoder/0/attention:1'",
+    ),
+    "a group others read": (["grow", "--run={run}", "--merge=decoder/0/attention:0+2"], "which other heads read too"),
     "bleu of no translation": (["curve", "--run={run}", "--bleu"], "--bleu needs a run of task 'translation'"),
     "no such kind": (["curve", "--run={run}", "--kinds=cross"], "has 'cross'; this model has all"),
 }
