@@ -61,7 +61,7 @@ def watch(
 
     Raises: UserError for an attention that does not exist.
     """
-    chosen, found = _chosen_layers(model, layers), {}
+    chosen, found = chosen_layers(model, layers), {}
 
     def see(name: str, attended: Attended) -> None:
         found[name] = look(name, attended)
@@ -91,7 +91,7 @@ def head_statistics(model: Model, batch: Batch) -> dict[str, HeadSums]:
         sums = (jnp.where(real_BT[:, :, None], x_BTH, 0).sum(axis=(0, 1)) for x_BTH in found)
         return HeadSums(HeadStatistics(*sums), real_BT.sum())
 
-    real = _real_queries(model, batch)
+    real = real_queries(model, batch)
     return watch(model, batch, look)[1]
 
 
@@ -108,7 +108,7 @@ def attention_maps(
     Returns: {name: float32 [b, h, T, S]} in the order asked for; weights are those before dropout and gates.
     Raises:  UserError for an attention, head or example that does not exist.
     """
-    names = _chosen_layers(model, layers)
+    names = chosen_layers(model, layers)
     for name in names:
         _check_numbers(f"{name} has no head", heads, attentions(model)[name].shape.num_heads)
     _check_numbers("the batch has no example", examples, len(_inputs(model, batch)[0]))
@@ -150,7 +150,8 @@ def _places(model: Model) -> list[tuple[str, Any, str]]:
     ]
 
 
-def _chosen_layers(model: Model, layers: Sequence[str] | None) -> list[str]:
+def chosen_layers(model: Model, layers: Sequence[str] | None) -> list[str]:
+    """The names asked for, or of all attentions. Raises: UserError for an attention that does not exist."""
     present = list(attentions(model))
     chosen = present if layers is None else list(layers)
     for name in chosen:
@@ -183,7 +184,7 @@ def _run(model: Model, batch: Batch) -> Array:
     return model(*inputs)
 
 
-def _real_queries(model: Model, batch: Batch) -> dict[str, Bool[Array, "B T"]]:
+def real_queries(model: Model, batch: Batch) -> dict[str, Bool[Array, "B T"]]:
     """Which positions of each stack are no padding."""
     tokens_BT, *others = _inputs(model, batch)
     weights = batch.get("weights")
