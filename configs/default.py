@@ -59,6 +59,8 @@ def get_config(profile: str = "") -> ConfigDict:
     model.backend = "auto"
     model.layers = "unrolled"
     model.remat = "none"
+    model.routing = ConfigDict({"kind": "none", "shared": 0, "top_k": 1, "balance_weight": 0.01, "z_weight": 0.0})
+    model.adaptive_span = ConfigDict({"max_span": placeholder(int), "ramp": 32, "init": 0.0, "weight": 2e-6})
 
     config.data = data = ConfigDict()
     data.source = "embedded"

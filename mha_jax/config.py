@@ -73,7 +73,12 @@ def _build(spec: type[Spec], section: Mapping[str, Any], prefix: str) -> Spec:
     ]
     if missing:
         raise UserError(f"config field {prefix + missing[0]!r} is missing")
-    return spec(**_frozen(section))
+    built = {
+        name: _build(field.type, section[name], f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+        for name, field in fields.items()
+        if dataclasses.is_dataclass(field.type) and isinstance(section.get(name), Mapping)
+    }
+    return spec(**{**_frozen(section), **built})
 
 
 def resolve(config: ConfigDict | Mapping[str, Any]) -> RunSpec:

@@ -12,9 +12,10 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from mha_jax.attention.dropout import dropout
 from mha_jax.attention.multihead import MultiHeadAttention
+from mha_jax.attention.routing import Route, note_routes, routes
 from mha_jax.attention.visibility import Full, Rule
 from mha_jax.models.positions import Positions
-from mha_jax.specs import HeadShape, ModelSpec
+from mha_jax.specs import HeadShape, ModelSpec, SpanSpec
 
 Keys = Key[Array, " B"] | None
 Norm = nnx.LayerNorm | nnx.RMSNorm
@@ -44,7 +45,7 @@ def _norm(spec: ModelSpec, rngs: nnx.Rngs) -> Norm:
     return kind(spec.d_model, epsilon=epsilon, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
-def _attention(spec: ModelSpec, shape: HeadShape, *, rope: bool, rngs: nnx.Rngs) -> MultiHeadAttention:
+def _attention(spec: ModelSpec, shape: HeadShape, *, own: bool, rngs: nnx.Rngs) -> MultiHeadAttention:
     return MultiHeadAttention(
         spec.d_model,
         shape.num_heads,
@@ -54,8 +55,10 @@ def _attention(spec: ModelSpec, shape: HeadShape, *, rope: bool, rngs: nnx.Rngs)
         head_to_group=shape.head_to_group,
         use_bias=spec.use_bias,
         dropout_rate=spec.attention_dropout_rate,
-        rope=rope,
+        rope=own and spec.positions == "rope",
         rope_base=spec.rope_base,
+        routing=spec.routing,
+        adaptive_span=spec.adaptive_span if own else SpanSpec(),
         init=spec.init,
         dtype=jnp.dtype(spec.dtype),
         param_dtype=param_dtype(spec),
@@ -113,10 +116,10 @@ class Block(nnx.Module):
 
     def __init__(self, spec: ModelSpec, own: HeadShape, cross: HeadShape | None, d_ff: int, *, rngs: nnx.Rngs) -> None:
         self.norm, self.dropout_rate = spec.norm, spec.dropout_rate
-        self.attention = _attention(spec, own, rope=spec.positions == "rope", rngs=rngs)
+        self.attention = _attention(spec, own, own=True, rngs=rngs)
         self.attention_norm = _norm(spec, rngs)
         if cross is not None:
-            self.cross_attention = _attention(spec, cross, rope=False, rngs=rngs)
+            self.cross_attention = _attention(spec, cross, own=False, rngs=rngs)
             self.cross_attention_norm = _norm(spec, rngs)
         self.feed_forward = FeedForward(spec, d_ff, rngs=rngs)
         self.feed_forward_norm = _norm(spec, rngs)
@@ -178,20 +181,26 @@ def _run_block(
     """One block, with what its backward pass needs saved or computed again as `remat` says."""
 
     # The context is closed over, so that arrays of a rule that are known while tracing stay known.
-    def attend(block: Any, x_BTD: Array, keys: Keys) -> Array:
-        return block.attend(x_BTD, *context, dropout_keys=keys)
+    def attend(block: Any, x_BTD: Array, keys: Keys) -> tuple[Array, list[Route]]:
+        with routes() as found:
+            return block.attend(x_BTD, *context, dropout_keys=keys), found
 
-    def whole(block: Any, x_BTD: Array, keys: Keys) -> Array:
-        return block(x_BTD, *context, dropout_keys=keys)
+    def whole(block: Any, x_BTD: Array, keys: Keys) -> tuple[Array, list[Route]]:
+        with routes() as found:
+            return block(x_BTD, *context, dropout_keys=keys), found
 
     # A scan's backward pass is a loop of its own: nothing there can be merged with the forward pass.
     prevent_cse = not in_scan
     if remat == "none":
-        return whole(block, x_BTD, dropout_keys)
+        return block(x_BTD, *context, dropout_keys=dropout_keys)
     if remat == "attention":
-        x_BTD = jax.checkpoint(attend, prevent_cse=prevent_cse)(block, x_BTD, dropout_keys)
-        return block.feed(x_BTD, dropout_keys)
-    return jax.checkpoint(whole, prevent_cse=prevent_cse, policy=_SAVED[remat])(block, x_BTD, dropout_keys)
+        x_BTD, found = jax.checkpoint(attend, prevent_cse=prevent_cse)(block, x_BTD, dropout_keys)
+        x_BTD = block.feed(x_BTD, dropout_keys)
+    else:
+        run = jax.checkpoint(whole, prevent_cse=prevent_cse, policy=_SAVED[remat])
+        x_BTD, found = run(block, x_BTD, dropout_keys)
+    note_routes(found)
+    return x_BTD
 
 
 def _run_equal(
@@ -199,12 +208,16 @@ def _run_equal(
 ) -> Array:
     """Blocks of one structure as one scan over their stacked parameters; `numbers_L` tell their dropout apart."""
 
-    def step(x_BTD: Array, layer: tuple[Block, Array]) -> tuple[Array, None]:
+    def step(x_BTD: Array, layer: tuple[Block, Array]) -> tuple[Array, list[Route]]:
         block, number = layer
-        return _run_block(block, x_BTD, context, fold(dropout_keys, number), remat=remat, in_scan=True), None
+        with routes() as found:
+            return _run_block(block, x_BTD, context, fold(dropout_keys, number), remat=remat, in_scan=True), found
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    return lax.scan(step, x_BTD, (stacked, numbers_L))[0]
+    x_BTD, found = lax.scan(step, x_BTD, (stacked, numbers_L))
+    for layer in range(len(blocks)):
+        note_routes(jax.tree.map(lambda leaf_L, layer=layer: leaf_L[layer], found))
+    return x_BTD
 
 
 class Stack(nnx.Module):

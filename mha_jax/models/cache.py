@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mha_jax.attention.decode import decode_attention
+from mha_jax.attention.visibility import Dense
 from mha_jax.models.blocks import Block, Stack
 
 
@@ -68,13 +69,24 @@ def _written(seen: KeysValues, new: KeysValues, position: Array) -> KeysValues:
     return lax.platform_dependent(seen, new, position, cpu=update_in_a_loop, default=update)
 
 
+def _own(block: Block, q_N1HK: Array, seen: KeysValues, position: Array) -> Array:
+    """Self-attention of the token at `position` to those up to it."""
+    groups, span = block.attention.shape.groups, block.attention.span
+    if span is None:
+        return decode_attention(q_N1HK, *seen, position + 1, groups=groups)
+    k, v = (x.swapaxes(1, 2) for x in seen)
+    up_to = Dense((jnp.arange(k.shape[1]) <= position)[None])
+    return span.attend(q_N1HK, k, v, up_to, first_query=position, groups=groups)
+
+
 def _cross(block: Block, x_N1D: Array, seen: KeysValues, lengths_B: Array) -> Array:
     """Cross-attention where N/B rows belong to one sentence: they are its queries, so the source is not copied."""
     q_N1HK = block.cross_attention.queries(x_N1D)
     (rows, _, heads, qk_dim), sentences = q_N1HK.shape, lengths_B.shape[0]
     q_BTHK = q_N1HK.reshape(sentences, rows // sentences, heads, qk_dim)
     o_BTHV = decode_attention(q_BTHK, *seen, lengths_B, groups=block.cross_attention.shape.groups)
-    return block.cross_attention.output(o_BTHV.reshape(rows, 1, heads, o_BTHV.shape[-1]))
+    o_N1HV = o_BTHV.reshape(rows, 1, heads, o_BTHV.shape[-1])
+    return block.cross_attention.output(o_N1HV, block.cross_attention.routed(x_N1D))
 
 
 def cached_step(
@@ -95,8 +107,9 @@ def cached_step(
         new = _by_groups(*block.attention.keys_values(y_N1D, position[None]))
         seen = _written(cache[layer], new, position)
         filled.append(seen)
-        o_N1HV = decode_attention(q_N1HK, *seen, position + 1, groups=block.attention.shape.groups)
-        x_N1D = block.after(x_N1D, block.attention.output(o_N1HV), block.attention_norm)
+        o_N1HV = _own(block, q_N1HK, seen, position)
+        y_N1D = block.attention.output(o_N1HV, block.attention.routed(y_N1D))
+        x_N1D = block.after(x_N1D, y_N1D, block.attention_norm)
         if memory is not None:
             y_N1D = block.before(x_N1D, block.cross_attention_norm)
             y_N1D = _cross(block, y_N1D, memory.layers[layer], memory.lengths_B)

@@ -7,7 +7,7 @@ scores and averages are counted over the whole square of data.length, causal or 
 import dataclasses
 from collections.abc import Callable
 
-from mha_jax.specs import ATTENTION_KINDS, HeadShape, ModelSpec, RunSpec, UserError
+from mha_jax.specs import ATTENTION_KINDS, HeadShape, ModelSpec, RoutingSpec, RunSpec, SpanSpec, UserError
 
 _BASE_FIELDS = ("num_heads", "num_kv_heads", "qk_dim", "v_dim", "head_to_group")
 _BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -18,14 +18,16 @@ def _attention_parameters(model: ModelSpec, shape: HeadShape) -> int:
     keys_values = shape.num_kv_heads * (shape.qk_dim + shape.v_dim)
     values = shape.num_heads * shape.v_dim
     biases = queries + keys_values + model.d_model if model.use_bias else 0
-    return model.d_model * (queries + keys_values + values) + biases
+    spans = shape.num_heads if model.adaptive_span.max_span is not None else 0
+    return model.d_model * (queries + keys_values + values + model.routing.columns(shape)) + biases + spans
 
 
 def _attention_flops(model: ModelSpec, shape: HeadShape, length: int) -> int:
     queries = shape.num_heads * shape.qk_dim
     keys_values = shape.num_kv_heads * (shape.qk_dim + shape.v_dim)
     values = shape.num_heads * shape.v_dim
-    return 2 * model.d_model * (queries + keys_values + values) + 2 * length * (queries + values)
+    projections = queries + keys_values + values + model.routing.columns(shape)
+    return 2 * model.d_model * projections + 2 * length * (queries + values)
 
 
 def _over_layers(run: RunSpec, model: ModelSpec, count: Callable[[HeadShape], int]) -> int:
@@ -69,7 +71,8 @@ def matched_d_ff(run: RunSpec) -> int:
     if unknown:
         raise UserError(f"model.match_base has {unknown[0]!r}; it may have {', '.join(_BASE_FIELDS)}")
     shape = dict.fromkeys(_BASE_FIELDS) | {"num_heads": model.num_heads} | given
-    base = dataclasses.replace(model, match="none", match_base=None, **shape)
+    plain = {"match": "none", "match_base": None, "routing": RoutingSpec(), "adaptive_span": SpanSpec()}
+    base = dataclasses.replace(model, **plain, **shape)
     missing = _all_attention(run, base, model.match) - _all_attention(run, model, model.match)
     unit = _feed_forward_unit(model, model.match)
     per_step = unit * model.num_layers * _num_stacks(run)
@@ -108,6 +111,23 @@ def flops_per_token(run: RunSpec) -> int:
     feed_forward = _num_stacks(run) * model.num_layers * _feed_forward_unit(model, "flops") * matched_d_ff(run)
     logits = 0 if run.task == "classification" else 2 * run.data.tokens * model.d_model
     return _all_attention(run, model, "flops") + feed_forward + logits
+
+
+def active_flops_per_token(run: RunSpec) -> int:
+    """`flops_per_token` if nothing were computed for the heads that a token does not use: no query, attention, output.
+
+    Keys and values stay, as other tokens read them. It is what routing would save, not what it does: the model computes
+    all heads and multiplies by the router's zeros.
+    """
+    model = run.model
+    if model.routing.kind == "none":
+        return flops_per_token(run)
+
+    def idle(shape: HeadShape) -> int:
+        each = 2 * (model.d_model + run.data.length) * (shape.qk_dim + shape.v_dim)
+        return (shape.num_heads - model.routing.active) * each
+
+    return flops_per_token(run) - _over_layers(run, model, idle)
 
 
 def kv_cache_bytes_per_token(run: RunSpec) -> int:

@@ -8,6 +8,7 @@ from mha_jax.specs.checks import UserError
 from mha_jax.specs.data import BOS, BYTE_VOCAB_SIZE, EOS, MASK, PAD, SPECIAL_TOKENS, DataSpec
 from mha_jax.specs.heads import HeadShape
 from mha_jax.specs.model import ModelSpec
+from mha_jax.specs.routing import RoutingSpec, SpanSpec
 from mha_jax.specs.run import ATTENTION_KINDS, MeshSpec, RunSpec
 from mha_jax.specs.training import DecodingSpec, OptimizerSpec, TrainingSpec
 
@@ -25,7 +26,9 @@ __all__ = [
     "MeshSpec",
     "ModelSpec",
     "OptimizerSpec",
+    "RoutingSpec",
     "RunSpec",
+    "SpanSpec",
     "TrainingSpec",
     "UserError",
 ]

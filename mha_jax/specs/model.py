@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from mha_jax.specs.checks import UserError, at_least, choice, rate
 from mha_jax.specs.heads import HeadShape
+from mha_jax.specs.routing import RoutingSpec, SpanSpec
 
 HeadCount = int | tuple[int, ...] | Mapping[str, Any]
 HeadMap = tuple[int, ...] | tuple[tuple[int, ...] | None, ...] | Mapping[str, Any]
@@ -23,6 +24,7 @@ class ModelSpec:
     `use_bias` is of the attentions, `use_ff_bias` of the feed-forward layers. Tokens enter times sqrt(d_model), or as
     their embedding is without `scale_embedding`.
 
+    `routing`: heads chosen by the token. `adaptive_span`: a learned span for each head of self-attention.
     `layers`: "unrolled", or "scan" neighbours of equal shape: less to compile in deep models.
     `remat`: what the backward pass computes again instead of keeping it: "none", the "attention" sublayers, all but
     products with weights ("dots"), all but the inputs of each "block".
@@ -56,6 +58,8 @@ class ModelSpec:
     backend: str = "auto"
     layers: Literal["unrolled", "scan"] = "unrolled"
     remat: Literal["none", "attention", "dots", "block"] = "none"
+    routing: RoutingSpec = dataclasses.field(default_factory=RoutingSpec)
+    adaptive_span: SpanSpec = dataclasses.field(default_factory=SpanSpec)
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "d_model", "d_ff", "max_length"):
@@ -86,6 +90,7 @@ class ModelSpec:
             fields = [self._of_layer(name, kind, layer) for name in ("num_heads", "num_kv_heads", "qk_dim", "v_dim")]
             try:
                 shape = HeadShape.resolve(self.d_model, *fields, head_to_group=self._map_of_layer(kind, layer))
+                self.routing.check(shape)
             except UserError as error:
                 raise UserError(f"{error} (model, {kind} layer {layer})") from None
             if self.positions == "rope" and kind != "cross" and shape.num_heads and shape.qk_dim % 2:

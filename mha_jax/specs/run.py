@@ -67,6 +67,11 @@ class RunSpec:
             raise UserError(f"seeds={self.seeds!r} must be distinct integers, at least one")
         for kind in ATTENTION_KINDS[self.task]:
             self.model.heads(kind)
+        if self.model.adaptive_span.max_span is not None and "cross" in ATTENTION_KINDS[self.task]:
+            raise UserError(
+                f"model.adaptive_span.max_span={self.model.adaptive_span.max_span} needs distances in one sequence; "
+                f"task={self.task!r} has cross-attention, where there are none: leave it None"
+            )
         if self.data.length > self.model.max_length:
             raise UserError(
                 f"data.length={self.data.length} is longer than model.max_length={self.model.max_length} positions"

@@ -25,10 +25,13 @@ def attend(
     dropout_keys: Key[Array, "B"] | None,
     scale: float | Float[Array, ""],
     groups: tuple[int, ...],
+    factor_HTS: Float[Array, "H T S"] | None = None,
 ) -> Float[Array, "B T H V"]:
     """Attention of H heads over G groups, as `mha_jax.attention.attend` defines it; arguments are checked there.
 
       o[b,t,h] = sum over visible s of softmax_s(scale * <q[b,t,h], k[b,s,g]>) * v[b,s,g],  g = groups[h]
+
+    `factor_HTS`, at least 0, multiplies the weights before they are made to sum to 1; where it is 0 nothing is seen.
 
     Computed as (sum of e * v) / (sum of e) with e = exp(logit - row maximum): the T x S square is never divided.
     """
@@ -40,6 +43,8 @@ def attend(
     # Heads of one group stand one after the other, so they merge with T into the rows X of one product a group.
     merged = (batch, k.shape[2], heads // k.shape[2] * queries)
     visible_BHTS = rule.mask(queries, keys)
+    if factor_HTS is not None:
+        visible_BHTS = visible_BHTS & (factor_HTS > 0)[None]
     if not (rule.sees_self and queries == keys):
         q, k, v = _zero_invisible(q, k, v, visible_BHTS)
     q_BGXK = q.swapaxes(1, 2).reshape(*merged, q.shape[-1])
@@ -48,6 +53,8 @@ def attend(
     # The floor is finite, so that an empty row gives exp(-inf) = 0 and not exp(-inf + inf).
     top_BHT1 = jax.lax.stop_gradient(logits_BHTS).max(axis=-1, keepdims=True, initial=jnp.finfo(wide).min)
     weights_BHTS = jnp.exp(logits_BHTS - top_BHT1)
+    if factor_HTS is not None:
+        weights_BHTS = weights_BHTS * factor_HTS[None].astype(wide)
     total_BHT1 = weights_BHTS.sum(axis=-1, keepdims=True)
     if dropout_rate > 0:
         assert dropout_keys is not None
