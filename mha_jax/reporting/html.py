@@ -18,10 +18,8 @@ PARTS = ("train", "eval", "compile", "imports", "data", "save")
 
 def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list[Picture]) -> str:
     """The whole HTML text."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     question, _, rest = str(results.sweep.get("docstring") or "").strip().partition("\n")
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         question=question or str((results.sweep.get("base_config") or {}).get("name", "A sweep")),
         docstring=rest.strip("\n"),
         progress=_progress(results),
@@ -30,6 +28,7 @@ def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list
         pictures=[{"name": p.name, "title": p.title, "caption": p.caption, "svg": inline(p)} for p in pictures],
         cells=[
             {"label": results.label(cell.overrides), "run": cell.run, "state": cell.state, "summary": cell.summary}
+            | ({"heads": f"../runs/{cell.run}/heads/index.html"} if cell.has_heads else {})
             for cell in results.cells
         ],
         parts=PARTS,
@@ -37,6 +36,12 @@ def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list
         provenance=caption(results),
         problems=results.problems,
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of this folder."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
 
 def inline(picture: Picture) -> str:

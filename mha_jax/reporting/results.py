@@ -34,6 +34,7 @@ class Cell:
     config: Mapping[str, Any] | None
     status: Mapping[str, Any]
     log: list[dict[str, Any]]
+    has_heads: bool = False  # whether its heads have a page
 
     @property
     def state(self) -> str:
@@ -160,7 +161,8 @@ def read(workdir: epath.PathLike) -> Results:
         problems += corrupt
         config = _json(directory / "config.json", problems) or None
         status = _json(directory / "status.json", problems)
-        cells.append(Cell(cell["run"], cell["overrides"], cell.get("reason"), config, status, log))
+        heads = (directory / "heads" / "index.html").exists()
+        cells.append(Cell(cell["run"], cell["overrides"], cell.get("reason"), config, status, log, heads))
     return Results(sweep, cells, problems)
 
 
