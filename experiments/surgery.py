@@ -20,7 +20,7 @@ from mha_jax.specs import MeshSpec, RunSpec, UserError
 from mha_jax.sweeps.cell import Exit, run_cell
 from mha_jax.sweeps.children import child_config, child_state, write_child
 from mha_jax.sweeps.opening import OpenedRun, open_run
-from mha_jax.sweeps.store import RunDirectory, write_json
+from mha_jax.sweeps.store import RunDirectory, read_json, write_json
 from mha_jax.training.evaluation import evaluate
 from mha_jax.training.metrics import read_metrics
 from mha_jax.training.parallel import make_program

@@ -92,6 +92,7 @@ def _open(opened: OpenedRun, seed: int) -> Keep:
 def _ordered(opened: OpenedRun, seed: int, values: flags.FlagValues) -> Keep:
     shapes = head_shapes(opened.run)
     total = sum(shape.num_heads for shape in shapes.values())
+    # Before a measure is taken, which takes its time.
     if values.fraction is not None:
         count_of_fraction((), values.fraction)
     elif not 0 <= values.count <= total:
@@ -100,5 +101,5 @@ def _ordered(opened: OpenedRun, seed: int, values: flags.FlagValues) -> Keep:
         opened, seed, values.order, split=values.split, batches=values.batches, order_seed=values.order_seed
     )
     order = removal_order(shapes, found, per_layer=values.per_layer, by_groups=values.by_groups)
-    count = count_of_fraction(order, values.fraction) if values.count is None else values.count
+    count = values.count if values.fraction is None else count_of_fraction(order, values.fraction)
     return what_is_left(shapes, order, count)

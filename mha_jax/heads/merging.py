@@ -88,8 +88,8 @@ def _merged(state: Any, name: str, groups: Sequence[int], pairs: Pairs, *, rotar
 
 def _scores(q: Sequence[np.ndarray], k: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Queries and keys of the mean of both heads' scores."""
-    form = sum(np.asarray(x, np.float64) @ np.swapaxes(y, -1, -2) for x, y in zip(q, k, strict=True)) / 2
-    query, key_T = _cut(form, q[0].shape[-1])
+    one, other = (np.asarray(x, np.float64) @ np.swapaxes(y, -1, -2) for x, y in zip(q, k, strict=True))
+    query, key_T = _cut((one + other) / 2, q[0].shape[-1])
     return query, np.swapaxes(key_T, -1, -2)
 
 

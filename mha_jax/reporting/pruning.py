@@ -26,8 +26,8 @@ def draw_curves(rows: Sequence[dict[str, Any]], foot: str, directory: epath.Path
     Args: rows: "kind", "order", "seed", "draw", "removed" (a share) and the metrics, as the verb `curve` writes them.
           Draws of one seed are averaged; lines are means over seeds, bands their 95 % t intervals.
     """
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    orders = list(dict.fromkeys(row["order"] for row in rows))
+    kinds: list[str] = list(dict.fromkeys(row["kind"] for row in rows))
+    orders: list[str] = list(dict.fromkeys(row["order"] for row in rows))
     metrics = [name for name in _LABELS if name in rows[0]]
     with mpl.rc_context(STYLE):
         figure, axes = panels(len(metrics), len(kinds), 2.7 * len(metrics) + 0.8)
@@ -38,7 +38,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], foot: str, directory: epath.Path
                     found = [row for row in rows if (row["kind"], row["order"]) == (kind, order) and metric in row]
                     _line(axis, found, metric, order, colour)
                 if i == 0:
-                    axis.set_title(TITLES.get(kind, kind), fontsize=9.5)
+                    axis.set_title(TITLES[kind], fontsize=9.5)
                 if j == 0:
                     axis.set_ylabel(_LABELS[metric])
                 if i == len(metrics) - 1:
@@ -56,9 +56,10 @@ def _line(axis: Axes, rows: Sequence[dict[str, Any]], metric: str, order: str, c
     drawn = [(100 * place, e) for place, e in zip(places, estimates, strict=True) if e is not None]
     x, means = [place for place, _ in drawn], [e.mean for _, e in drawn]
     axis.plot(x, means, color=colour, marker="o", markersize=3, linewidth=1.4, label=order)
-    banded = [(place, e.low, e.high) for place, e in drawn if e.low is not None]
+    banded = [(place, e.low, e.high) for place, e in drawn if e.low is not None and e.high is not None]
     if banded:
-        axis.fill_between(*map(list, zip(*banded, strict=True)), color=colour, alpha=0.15, linewidth=0)
+        at, low, high = (list(column) for column in zip(*banded, strict=True))
+        axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _by_seed(rows: Sequence[dict[str, Any]], metric: str) -> list[float]:
