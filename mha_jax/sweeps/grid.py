@@ -30,6 +30,7 @@ class Study:
     paper: dict[str, Any] | None
     claims: list[dict[str, Any]]
     docstring: str
+    cuts: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # what its paper says about cutting heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ def load(config_argument: str, overrides: Mapping[str, Any] | None = None) -> St
         sweep=sweep,
         paper=_of_profile(path, module, "paper", profile),
         claims=[dict(claim) for claim in _of_profile(path, module, "claims", profile) or ()],
+        cuts=[dict(claim) for claim in _of_profile(path, module, "cuts", profile) or ()],
         docstring=inspect.cleandoc(module.__doc__ or ""),
     )
 
