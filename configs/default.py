@@ -100,6 +100,19 @@ def get_config(profile: str = "") -> ConfigDict:
     training.keep_last = 2
     training.average_last = 1
     training.label_smoothing = 0.0
+    training.start_from = placeholder(str)
+    training.freeze = placeholder(tuple)
+
+    config.gates = gates = ConfigDict()
+    gates.kind = "none"
+    gates.where = placeholder(tuple)
+    gates.l0_weight = 0.0
+    gates.initial_log_alpha = 2.0
+    gates.learning_rate_multiplier = 1.0
+    gates.head_drop_rate = 0.0
+    gates.prune_to = placeholder(float)
+    gates.prune_start = 0
+    gates.prune_end = placeholder(int)
 
     config.decoding = ConfigDict(
         {"beam_size": 4, "length_penalty": 0.6, "batch_size": 64, "max_sentences": placeholder(int)}

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mha_jax.specs import (
     DataSpec,
     DecodingSpec,
+    GatesSpec,
     MeshSpec,
     ModelSpec,
     OptimizerSpec,
@@ -28,6 +29,7 @@ _SECTIONS = {
     "optimizer": OptimizerSpec,
     "training": TrainingSpec,
     "decoding": DecodingSpec,
+    "gates": GatesSpec,
 }
 # Where a run's files lie and how it is spread over devices do not change its result.
 _NOT_IN_HASH = ("data.data_dir", "parallel", "mesh.seed", "mesh.data", "mesh.head")
@@ -123,9 +125,16 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return copy
 
 
+def _deciding(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that decide a run's result: of a parent its name, which ends with the hash of its own config."""
+    flat = {k: v for k, v in flatten(config).items() if k not in _NOT_IN_HASH}
+    parent = flat.get("training.start_from")
+    return flat | ({"training.start_from": parent.rstrip("/").rsplit("/", 1)[-1]} if parent else {})
+
+
 def config_hash(config: ConfigDict | Mapping[str, Any]) -> str:
     """Eight hexadecimal digits of a sha256 over every field that decides the result."""
-    flat = {k: v for k, v in flatten(config).items() if k not in _NOT_IN_HASH}
+    flat = _deciding(config)
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -142,6 +151,6 @@ def run_id(config: ConfigDict | Mapping[str, Any], overrides: Mapping[str, Any])
 
 def diff(old: ConfigDict | Mapping[str, Any], new: ConfigDict | Mapping[str, Any]) -> list[str]:
     """One "field: old -> new" for every field that decides the result and differs."""
-    a, b = flatten(old), flatten(new)
-    names = sorted(k for k in a.keys() | b.keys() if k not in _NOT_IN_HASH)
+    a, b = _deciding(old), _deciding(new)
+    names = sorted(a.keys() | b.keys())
     return [f"{k}: {a.get(k, '(absent)')} -> {b.get(k, '(absent)')}" for k in names if a.get(k) != b.get(k)]

@@ -15,12 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mha_jax.attention.attend import attend, broadcast_gate, check_backend
+from mha_jax.attention.gates import HardConcreteGate, ScalarGate
 from mha_jax.attention.rotary import rotate
 from mha_jax.attention.routing import Router, note_routes
 from mha_jax.attention.span import AdaptiveSpan
 from mha_jax.attention.visibility import Full, Rule
 from mha_jax.specs import HeadShape, RoutingSpec, SpanSpec, UserError
-
 
 _ROUTER = 2**31 - 1  # no number of heads: `_kernel` folds those into the same key
 
@@ -65,6 +65,7 @@ class MultiHeadAttention(nnx.Module):
 
     Parameters: query.kernel [D, H, K], key.kernel [M, G, K], value.kernel [M, G, V], out.kernel [H, V, D], with
     use_bias also query.bias [H, K], key.bias [G, K], value.bias [G, V], out.bias [D]; gate [H] (ones, not trained).
+    A `learned_gate` (attention/gates.py), where one is put in, is trained and multiplies the gate.
     In the paper's letters: h = H, d_k = K, d_v = V, W^Q_h = query.kernel[:, h], W^O = out.kernel.
 
     Args:
@@ -125,6 +126,7 @@ class MultiHeadAttention(nnx.Module):
         )
         self.out = Projection(2, kernel_DHV.transpose(1, 2, 0), (d_model,) if use_bias else None, dtype)
         self.gate = Gate(jnp.ones(shape.num_heads, param_dtype))
+        self.learned_gate: ScalarGate | HardConcreteGate | None = nnx.data(None)
         # Folded out of a key that is drawn anyway, so that routed and plain models start from the same matrices.
         router_key = jax.random.fold_in(out_key, _ROUTER)
         routed, spanned = routing.kind != "none", adaptive_span.max_span is not None
@@ -150,25 +152,26 @@ class MultiHeadAttention(nnx.Module):
         """
         q = self.queries(x, positions)
         k, v = self.keys_values(x, positions) if memory is None else self.keys_values(memory)
+        return self.output(self.attended(q, k, v, visibility, dropout_key), self.routed(x, gate))
+
+    def attended(
+        self,
+        q: Float[Array, "B T H K"],
+        k: Float[Array, "B S G K"],
+        v: Float[Array, "B S G V"],
+        visibility: Rule,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B T H V"]:
+        """What each head reads, before gates: within its span where the layer has spans."""
         rate = 0.0 if dropout_key is None else self.dropout_rate
         if self.span is not None:
             groups = self.shape.groups
-            o = self.span.attend(q, k, v, visibility, dropout_rate=rate, dropout_key=dropout_key, groups=groups)
-        else:
-            o = attend(
-                q,
-                k,
-                v,
-                visibility,
-                dropout_rate=rate,
-                dropout_key=dropout_key,
-                head_to_group=self.shape.head_to_group,
-                backend=self.backend,
-            )
-        return self.output(o, self.routed(x, gate))
+            return self.span.attend(q, k, v, visibility, dropout_rate=rate, dropout_key=dropout_key, groups=groups)
+        groups, backend = self.shape.head_to_group, self.backend
+        return attend(q, k, v, visibility, None, rate, dropout_key, head_to_group=groups, backend=backend)
 
     def routed(self, x: Float[Array, "B T D"], gate: Array | None = None) -> Array | None:
-        """The router's factors [B, T, H] for the tokens of x, times the gate; the gate itself where nothing is routed."""
+        """The router's factors [B, T, H] for tokens x, times the gate; the gate alone where nothing is routed."""
         if self.router is None:
             return gate
         route = self.router(x)
@@ -190,10 +193,14 @@ class MultiHeadAttention(nnx.Module):
     def output(self, o_BTHV: Float[Array, "B T H V"], gate: Array | None = None) -> Float[Array, "B T D"]:
         """The sum over heads of gate[h] * o[b,t,h] @ out.kernel[h]."""
         batch, queries, heads, _ = o_BTHV.shape
-        factor = broadcast_gate(self.gate[...], batch, queries, heads)
+        factor = broadcast_gate(self.head_gate(), batch, queries, heads)
         if gate is not None:
             factor = factor * broadcast_gate(gate, batch, queries, heads)
         return self.out(o_BTHV * factor[..., None].astype(o_BTHV.dtype))
+
+    def head_gate(self) -> Array:
+        """The layer's own factor a head: its gate, times the learned one where it has one."""
+        return self.gate[...] if self.learned_gate is None else self.gate[...] * self.learned_gate()
 
     def _rotated(self, x: Array, positions: Array | None) -> Array:
         if not self.rope:

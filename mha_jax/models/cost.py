@@ -86,7 +86,7 @@ def matched_d_ff(run: RunSpec) -> int:
 
 
 def parameters(run: RunSpec) -> int:
-    """Trained numbers in the model: tokens are counted once though they are read twice; gates are not trained."""
+    """Trained numbers in the model: tokens are counted once though they are read twice; gates where they are trained."""
     model, d_model, stacks = run.model, run.model.d_model, _num_stacks(run)
     blocks = stacks * model.num_layers
     attentions = len(ATTENTION_KINDS[run.task]) * model.num_layers
@@ -97,6 +97,7 @@ def parameters(run: RunSpec) -> int:
     total += blocks * (width * _feed_forward_unit(model, "params") + (d_model if model.use_ff_bias else 0))
     norms = attentions + blocks + (stacks if model.norm == "pre" else 0)
     total += norms * d_model * (2 if model.normalization == "layer" else 1)
+    total += run.gated_heads if run.gates.kind != "none" else 0
     if run.task == "classification":
         total += (d_model + 1) * (run.data.num_classes or 0)
     return total

@@ -1,10 +1,13 @@
 """The three models: a language model, a translator and a classifier, each a few stacks around one token table."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from mha_jax.attention.gates import make_gate
 from mha_jax.attention.visibility import Causal, Padding, Segments
 from mha_jax.models.blocks import Keys, Stack, fold, param_dtype
 from mha_jax.models.cost import matched_d_ff
@@ -152,4 +155,17 @@ def build_model(run: RunSpec, *, rngs: nnx.Rngs) -> Model:
     Parameters are float32 (float64 for model.dtype="float64"); model.dtype is what the layers compute in.
     """
     models = {"lm": LanguageModel, "translation": TranslationModel, "classification": Classifier}
-    return models[run.task](run, rngs=rngs)
+    model = models[run.task](run, rngs=rngs)
+    if run.gates.kind != "none":
+        _put_in_gates(run, run.gates.kind, model)
+    return model
+
+
+def _put_in_gates(run: RunSpec, kind: Literal["scalar", "hard_concrete"], model: Model) -> None:
+    for stack in ("encoder", "decoder"):
+        for block in getattr(model, stack).blocks if hasattr(model, stack) else ():
+            for gated, place in ((stack, "attention"), ("cross", "cross_attention")):
+                if gated in run.gated_kinds and hasattr(block, place):
+                    layer = getattr(block, place)
+                    initial, dtype = run.gates.initial_log_alpha, param_dtype(run.model)
+                    layer.learned_gate = make_gate(kind, layer.shape.num_heads, initial, dtype)

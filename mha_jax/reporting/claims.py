@@ -13,7 +13,7 @@ from mha_jax.reporting.statistics import Estimate, paired
 from mha_jax.specs import UserError
 
 Status = Literal["held", "not held", "undecided"]
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "heads_alive")
 HIGHER_IS_BETTER = ("bleu", "accuracy")
 
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mha_jax.reporting.alive import alive, kept
 from mha_jax.reporting.canvas import MUTED, OURS, PAGE, PAPER, RAMP, STYLE, Picture, panels, save
 from mha_jax.reporting.claims import lower_is_better
 from mha_jax.reporting.provenance import footer
@@ -39,6 +40,10 @@ def draw(results: Results, table: Table, directory: epath.Path) -> list[Picture]
          "Mean over seeds; the band spans all seeds. Right: minus the base, seed by seed."),
         ("cost", "Quality against cost", cost,
          "Ringed in green: the Pareto front, of cells that no other is both better and cheaper than."),
+        ("kept", "Quality against heads alive", kept,
+         "Mean and 95 % interval over seeds, of both. A head is alive while its gate is not exactly 0."),
+        ("alive", "Heads alive against training step", alive,
+         "Mean over seeds; the band spans all seeds."),
     ]  # fmt: skip
     pictures = []
     with mpl.rc_context(STYLE):

@@ -13,7 +13,7 @@ _HEADLINES = {
     "translation": ("validation/loss", "validation/perplexity", "validation/bleu", "test/bleu"),
     "classification": ("validation/loss", "validation/accuracy", "test/accuracy"),
 }
-_DECIMALS = {"loss": 3, "perplexity": 3, "bits_per_byte": 3, "bleu": 2, "accuracy": 4}
+_DECIMALS = {"loss": 3, "perplexity": 3, "bits_per_byte": 3, "bleu": 2, "accuracy": 4, "heads_alive": 1}
 _UNITS = {"loss": "nats/token"}
 _COSTS = {"params": "parameters", "FLOPs/token": "flops_per_token"}
 _SHAPE = ("model.num_heads", "model.num_kv_heads", "model.qk_dim", "model.v_dim")
@@ -45,7 +45,8 @@ class Table:
 def headlines(results: Results) -> list[str]:
     """The metrics that the table shows; results.csv has them all."""
     wanted = _HEADLINES.get(str((results.sweep.get("base_config") or {}).get("task")), ())
-    return [name for name in wanted if name in results.metrics] or results.metrics[:3]
+    shown = [name for name in wanted if name in results.metrics] or results.metrics[:3]
+    return shown + ["validation/heads_alive"] * ("validation/heads_alive" in results.metrics)
 
 
 def deciding(results: Results) -> list[str]:

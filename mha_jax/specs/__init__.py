@@ -6,6 +6,7 @@ Building a spec checks everything that can be checked without data or devices, a
 
 from mha_jax.specs.checks import UserError
 from mha_jax.specs.data import BOS, BYTE_VOCAB_SIZE, EOS, MASK, PAD, SPECIAL_TOKENS, DataSpec
+from mha_jax.specs.gates import GatesSpec
 from mha_jax.specs.heads import HeadShape
 from mha_jax.specs.model import ModelSpec
 from mha_jax.specs.routing import RoutingSpec, SpanSpec
@@ -22,6 +23,7 @@ __all__ = [
     "SPECIAL_TOKENS",
     "DataSpec",
     "DecodingSpec",
+    "GatesSpec",
     "HeadShape",
     "MeshSpec",
     "ModelSpec",

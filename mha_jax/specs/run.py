@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mha_jax.specs.checks import UserError, at_least, choice, divisors, listing
 from mha_jax.specs.data import DataSpec
+from mha_jax.specs.gates import GatesSpec
 from mha_jax.specs.model import ModelSpec
 from mha_jax.specs.training import DecodingSpec, OptimizerSpec, TrainingSpec
 
@@ -57,6 +58,7 @@ class RunSpec:
     optimizer: OptimizerSpec
     training: TrainingSpec
     decoding: DecodingSpec
+    gates: GatesSpec = GatesSpec()  # noqa: RUF009 (specs are frozen)
     # The run, seed and step whose state this one was cut out of, and how; its training starts from a checkpoint only.
     parent: Mapping[str, Any] | None = None
 
@@ -89,6 +91,49 @@ class RunSpec:
             )
         if len(self.seeds) % self.mesh.seed:
             raise UserError(f"{len(self.seeds)} seeds do not split over mesh.seed={self.mesh.seed} devices")
+        self._check_gates()
+        self._check_frozen()
+
+    @property
+    def gated_kinds(self) -> tuple[str, ...]:
+        """The kinds of attention that `gates` acts on."""
+        return ATTENTION_KINDS[self.task] if self.gates.where is None else self.gates.where
+
+    @property
+    def gated_heads(self) -> int:
+        """How many heads those have."""
+        return sum(shape.num_heads for kind in self.gated_kinds for shape in self.model.heads(kind))
+
+    @property
+    def prune_end(self) -> int:
+        """The step after which no more heads are pruned."""
+        return self.training.steps if self.gates.prune_end is None else self.gates.prune_end
+
+    def _check_frozen(self) -> None:
+        parts = ("tokens", *(kind for kind in ATTENTION_KINDS[self.task] if kind != "cross"))
+        for part in self.training.freeze or ():
+            if part not in parts:
+                raise UserError(f"training.freeze names {part!r}; task={self.task!r} has {', '.join(map(repr, parts))}")
+        if set(self.training.freeze or ()) == set(parts):
+            raise UserError(f"training.freeze={self.training.freeze!r} leaves nothing to train")
+
+    def _check_gates(self) -> None:
+        kinds = ATTENTION_KINDS[self.task]
+        for kind in self.gated_kinds:
+            if kind not in kinds:
+                raise UserError(f"gates.where names {kind!r}; task={self.task!r} has {', '.join(map(repr, kinds))}")
+        if isinstance(self.gates.l0_weight, Mapping) and set(self.gates.l0_weight) != set(self.gated_kinds):
+            raise UserError(
+                f"gates.l0_weight has entries for {', '.join(map(repr, self.gates.l0_weight))}; it needs one each for "
+                f"{', '.join(map(repr, self.gated_kinds))}"
+            )
+        if self.gates.prune_to is not None:
+            self.gates.heads_left(self.gated_heads)
+            if not self.gates.prune_start < self.prune_end <= self.training.steps:
+                raise UserError(
+                    f"gates.prune_start={self.gates.prune_start} and prune_end={self.prune_end} must rise within "
+                    f"training.steps={self.training.steps}"
+                )
 
     def check_devices(self, num_devices: int) -> None:
         """Raises UserError where batch or heads do not divide over the devices of the machine at hand."""

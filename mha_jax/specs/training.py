@@ -39,7 +39,12 @@ class OptimizerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSpec:
-    """How long, how often, what is kept. `average_last` checkpoints are averaged for the final evaluation."""
+    """How long, how often, what is kept. `average_last` checkpoints are averaged for the final evaluation.
+
+    `start_from`: the directory of a finished run, whose parameters are those of step 0, seed by seed. Its name, which
+    ends with the hash of its config, counts in a run's hash; where it lies does not.
+    `freeze`: parts of the model that training leaves as they are: "tokens" (the table), "encoder", "decoder".
+    """
 
     steps: int
     eval_every: int
@@ -48,6 +53,8 @@ class TrainingSpec:
     keep_last: int = 2
     average_last: int = 1
     label_smoothing: float = 0.0
+    start_from: str | None = None
+    freeze: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in ("steps", "eval_every", "checkpoint_every", "log_every", "keep_last", "average_last"):

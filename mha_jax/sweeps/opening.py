@@ -17,9 +17,8 @@ from mha_jax.models.transformer import Model
 from mha_jax.specs import RunSpec, UserError
 from mha_jax.sweeps.cell import data_dir
 from mha_jax.sweeps.store import RunDirectory
-from mha_jax.training.checkpoints import Checkpoints
-from mha_jax.training.evaluation import average
-from mha_jax.training.step import State, init_state, merge
+from mha_jax.training.finished import restore_finished
+from mha_jax.training.step import State, merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +73,8 @@ def open_run(path: epath.PathLike) -> OpenedRun:
     directory = RunDirectory(path)
     config = directory.config
     run = configs.resolve(config)
-    checkpoints = Checkpoints(directory.path / "checkpoints", keep_last=run.training.keep_last)
-    last = run.training.steps
-    if last not in checkpoints.steps():
-        done = checkpoints.steps()
-        raise UserError(
-            f"run {directory.run_id} has no finished checkpoint of step {last}"
-            + (f" (the newest is of step {done[-1]})" if done else "")
-            + ": train it to its end first"
-        )
-    abstract = jax.eval_shape(functools.partial(init_state, run))
-    steps = checkpoints.steps()[-run.training.average_last :]
-    saved = [_restored(checkpoints, abstract, step) for step in steps]
-    state = saved[-1]
-    params = state["params"] if len(saved) == 1 else average([one["params"] for one in saved])
-    checkpoints.close()
-    return OpenedRun(directory, config, run, last, state, params)
-
-
-def _restored(checkpoints: Checkpoints, abstract: State, step: int) -> State:
-    restored = checkpoints.restore(abstract, step=step)
-    assert restored is not None  # a step that is asked for is restored or raises
-    return restored.state
+    finished = restore_finished(directory.path, run)
+    return OpenedRun(directory, config, run, run.training.steps, finished.state, finished.params)
 
 
 def chosen_seeds(opened: OpenedRun, seed: int | None) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from mha_jax.data import Data
+from mha_jax.heads import gating
 from mha_jax.models.decoding import translate
 from mha_jax.models.losses import Batch
 from mha_jax.specs import RunSpec
@@ -28,6 +29,8 @@ def evaluate(program: JitProgram, params: Any, constants: Any, data: Data, split
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
     loss = totals["loss"] / totals["weight"]
     result = {"loss": loss, "accuracy": totals["correct"] / totals["weight"]}
+    # What is observed of heads goes by the name of their attention; batches count by their weight.
+    result |= {name: value / totals["weight"] for name, value in totals.items() if "/" in name}
     if run.task != "classification":
         result["perplexity"] = perplexity(loss)
     if run.task == "lm":
@@ -98,6 +101,23 @@ def evaluate_bleu(
     references = data.references(split)[: len(sentences[0])]
     scored = [bleu(hypotheses, references) for hypotheses in sentences]
     return {"bleu": np.asarray([score for score, _ in scored])}, scored[0][1], sentences
+
+
+def count_heads(run: RunSpec, params: Any, constants: Any) -> dict[str, np.ndarray]:
+    """Heads whose gate is not 0, (R,): "heads_alive", "heads_alive/encoder", ...; {} where none can be pruned."""
+    if not run.gates.prunes:
+        return {}
+    counts = jax.vmap(lambda *trees: gating.heads_alive(merge(run, *trees)))(params, constants)
+    return {name: np.asarray(count) for name, count in counts.items()}
+
+
+def seed_gates(run: RunSpec, params: Any, constants: Any) -> dict[str, dict[str, list[float]]]:
+    """{seed: {attention: the factor of each head in evaluation}}, as gates.json holds it."""
+    gates = jax.vmap(lambda *trees: gating.head_gates(merge(run, *trees)))(params, constants)
+    return {
+        str(seed): {name: np.asarray(gate_RH)[index].tolist() for name, gate_RH in gates.items()}
+        for index, seed in enumerate(run.seeds)
+    }
 
 
 def average(trees: list[Any]) -> Any:

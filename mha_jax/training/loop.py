@@ -6,6 +6,7 @@ started again ends with the same parameters and the same metrics (timings aside)
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ from mha_jax.specs import RunSpec, UserError
 from mha_jax.training.checkpoints import Checkpoints
 from mha_jax.training.clock import Clock
 from mha_jax.training.diagnosis import first_non_finite
-from mha_jax.training.evaluation import average, evaluate, evaluate_bleu
+from mha_jax.training.evaluation import average, count_heads, evaluate, evaluate_bleu, seed_gates
+from mha_jax.training.finished import parent_state, with_parent
 from mha_jax.training.metrics import MetricsLog
 from mha_jax.training.parallel import JitProgram, make_program
 from mha_jax.training.step import State
@@ -85,9 +87,7 @@ class _Training:
             )
         if restored is None:
             self.log.rewind(-1)
-            with self.clock("compile"):
-                state = self.program.init()
-            return 0, state
+            return 0, self._initial_state()
         if restored.metadata["config_hash"] != self.config_hash:
             raise UserError(
                 f"{self.checkpoints.directory} holds checkpoints of config {restored.metadata['config_hash']}; "
@@ -97,6 +97,14 @@ class _Training:
         self.log.rewind(restored.step, keep_evaluations=restored.step < self.run.training.steps)
         self.window = Window.from_dict(restored.metadata["window"])
         return restored.step, self.program.load(restored.state)
+
+    def _initial_state(self) -> State:
+        parent = None if self.run.training.start_from is None else parent_state(self.run)
+        with self.clock("compile"):
+            state = self.program.init()
+        if parent is None:
+            return state
+        return self.program.load(with_parent(self.program.unload(state), parent))
 
     def step(self, state: State, batch: dict[str, Any], number: int) -> State:
         """Dispatches step `number` (from 1) and only then waits for the metrics of the one before."""
@@ -142,6 +150,7 @@ class _Training:
             "loss": np.asarray(window.loss) / window.steps,
             "learning_rate": metrics["learning_rate"],
             "grad_norm": metrics["grad_norm"],
+            **{name: value for name, value in metrics.items() if name.endswith("_loss")},
             "step_seconds": window.seconds / window.steps,
             "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
         }
@@ -165,6 +174,7 @@ class _Training:
         with self.clock("eval"):
             state = self.program.unload(state)
             values = evaluate(self.program, state["params"], state["constants"], self.data, "validation")
+            values |= count_heads(self.run, state["params"], state["constants"])
         self.clock.move(self.program.compile_seconds - compiled, "eval", "compile")
         self.validation_loss = float(np.mean(values["loss"]))
         self.log.write(step, "validation", values)
@@ -186,6 +196,7 @@ class _Training:
         with self.clock("eval"):
             for split in self.data.splits:
                 values = evaluate(self.program, params, state["constants"], self.data, split)
+                values |= count_heads(run, params, state["constants"])
                 if run.task == "translation":
                     scores, signature, sentences = evaluate_bleu(
                         self.program, params, state["constants"], self.data, split
@@ -195,6 +206,9 @@ class _Training:
                     self.report({"bleu_signature": signature})
                 self.log.write(step, split, values)
         self.clock.move(self.program.compile_seconds - compiled, "eval", "compile")
+        if run.gates.prunes:
+            gates = json.dumps(seed_gates(run, params, state["constants"]), indent=1)
+            (self.directory / "gates.json").write_text(gates + "\n")
         self.log.write(step, "train", {"compile_seconds": self.clock.seconds["compile"]})
         self.log.close()
         self.checkpoints.close()
@@ -275,5 +289,6 @@ def _costs(run: RunSpec) -> dict[str, Any]:
     return {
         "parameters": cost.parameters(run),
         "flops_per_token": cost.flops_per_token(run),
+        "active_flops_per_token": cost.active_flops_per_token(run),
         "kv_cache_bytes_per_token": cost.kv_cache_bytes_per_token(run),
     }

@@ -1,12 +1,13 @@
 """Adam and AdamW with the schedules of `OptimizerSpec`."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mha_jax.specs import OptimizerSpec
+from mha_jax.specs import GatesSpec, OptimizerSpec
 
 
 def learning_rate(spec: OptimizerSpec, d_model: int, steps: int) -> optax.Schedule:
@@ -45,6 +46,27 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "kernel" in jax.tree_util.keystr(path, simple=True, separator="/").split("/"), params
     )
+
+
+def with_gates_and_frozen(
+    optimizer: optax.GradientTransformation, gates: GatesSpec, frozen: tuple[str, ...]
+) -> optax.GradientTransformation:
+    """The optimizer with the updates of learned gates multiplied, and no updates of the parts that are frozen."""
+    parts = [optimizer]
+    if gates.kind != "none" and gates.learning_rate_multiplier != 1:
+        parts.append(optax.masked(optax.scale(gates.learning_rate_multiplier), _named("learned_gate")))
+    if frozen:
+        parts.append(optax.masked(optax.set_to_zero(), _named(*frozen)))
+    return optimizer if len(parts) == 1 else optax.chain(*parts)
+
+
+def _named(*names: str) -> Any:
+    """A mask that is true for the leaves below any of these names."""
+
+    def named(path: Any, _: Any) -> bool:
+        return not set(names).isdisjoint(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+
+    return functools.partial(jax.tree_util.tree_map_with_path, named)
 
 
 def make_optimizer(spec: OptimizerSpec, d_model: int, steps: int) -> optax.GradientTransformation:

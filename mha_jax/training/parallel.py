@@ -38,7 +38,8 @@ def state_shardings(state: State, mesh: Mesh) -> State:
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path)
         axes: list[str | None] = ["seed"] + [None] * (leaf.ndim - 1)
-        head_axis = 0 if names[-1:] == ("gate",) else _HEAD_AXIS.get(names[-2:])
+        by_head = names[-1:] == ("gate",) or names[-2:-1] == ("learned_gate",) or names[:1] == ("importance",)
+        head_axis = 0 if by_head else _HEAD_AXIS.get(names[-2:])
         if head_axis is not None:
             axes[1 + head_axis] = "head"
         return NamedSharding(mesh, PartitionSpec(*axes))
@@ -58,7 +59,9 @@ class JitProgram:
         self._shardings = state_shardings(abstract, self.mesh)
         self._batch_sharding = NamedSharding(self.mesh, PartitionSpec("seed", "data"))
         self._eval_sharding = NamedSharding(self.mesh, PartitionSpec("data"))
-        self._step = jax.jit(functools.partial(train_step, run), donate_argnums=0)
+        # The compiler may not lay the new state out otherwise: the next step takes it as this one did.
+        out = (self._shardings, None)
+        self._step = jax.jit(functools.partial(train_step, run), donate_argnums=0, out_shardings=out)
         self._evaluate = jax.jit(functools.partial(evaluate_step, run))
         self._compiled: dict[Any, Any] = {}
 

@@ -1,6 +1,6 @@
 """One training step, a pure function of (state, batch). Every leaf of state and batch leads with the seed axis R.
 
-  state = {"seed", "step", "params", "constants", "optimizer"}
+  state = {"seed", "step", "params", "constants", "optimizer"}, and "importance" where heads are pruned as it trains
 
 `params` are nested dicts of arrays under the module's own names, so that what works on heads can index them. How the
 step is spread over devices is the business of parallel.py; nothing here knows a device.
@@ -16,14 +16,17 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
+from mha_jax.attention.routing import routes
 from mha_jax.data import batch_shapes
+from mha_jax.heads import gating, schedule
 from mha_jax.models import build_model
+from mha_jax.models.auxiliary import auxiliary_losses, observations
 from mha_jax.models.losses import Batch, loss_sums
 from mha_jax.specs import RunSpec, UserError
-from mha_jax.training.optimizers import learning_rate, make_optimizer
+from mha_jax.training.optimizers import learning_rate, make_optimizer, with_gates_and_frozen
 
 State = dict[str, Any]
-_INIT, _DROPOUT = 0, 1
+_INIT, _DROPOUT, _GATES = 0, 1, 2
 
 
 def graph(run: RunSpec) -> Any:
@@ -38,20 +41,24 @@ def merge(run: RunSpec, params: Any, constants: Any) -> Any:
 
 
 def _optimizer(run: RunSpec) -> optax.GradientTransformation:
-    return make_optimizer(run.optimizer, run.model.d_model, run.training.steps)
+    optimizer = make_optimizer(run.optimizer, run.model.d_model, run.training.steps)
+    return with_gates_and_frozen(optimizer, run.gates, run.training.freeze or ())
 
 
 def _init_one(run: RunSpec, seed: Int[Array, ""]) -> State:
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
     _, params, constants = nnx.split(build_model(run, rngs=nnx.Rngs(params=key)), nnx.Param, ...)
-    params = nnx.to_pure_dict(params)
-    return {
+    params, constants = nnx.to_pure_dict(params), nnx.to_pure_dict(constants)
+    state = {
         "seed": seed,
         "step": jnp.zeros((), jnp.int32),
         "params": params,
-        "constants": nnx.to_pure_dict(constants),
+        "constants": constants,
         "optimizer": _optimizer(run).init(params),
     }
+    if run.gates.prune_to is not None:
+        state["importance"] = jax.tree.map(jnp.zeros_like, schedule.gates_of(run, constants))
+    return state
 
 
 def init_state(run: RunSpec) -> State:
@@ -63,8 +70,11 @@ def init_state(run: RunSpec) -> State:
 
 def dropout_keys(seed: Int[Array, ""], step: Int[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
     """One key an example, from its row in the whole batch: the same on whatever device the example lands."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+    return jax.vmap(functools.partial(jax.random.fold_in, _step_key(seed, step, _DROPOUT)))(rows)
+
+
+def _step_key(seed: Int[Array, ""], step: Int[Array, ""], use: int) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), use), step)
 
 
 def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
@@ -75,15 +85,25 @@ def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -
     keys = dropout_keys(state["seed"], state["step"], batch["row"]) if uses_dropout else None
     weight = jnp.maximum(total(jnp.sum(batch["weights"])), 1)
 
-    def objective(params: Any) -> tuple[Array, dict[str, Array]]:
-        model = merge(run, params, state["constants"])
-        sums = loss_sums(run.task, model, batch, keys, run.training.label_smoothing)
-        return sums["objective"] / weight, sums
+    def objective(params: Any, gates: schedule.Table) -> tuple[Array, Any]:
+        model = merge(run, params, schedule.with_gates(state["constants"], gates))
+        penalty = gating.l0_loss(run.gates, model, total)
+        if run.gates.draws:
+            gating.draw_gates(run.gates, model, _step_key(state["seed"], state["step"], _GATES), batch["row"])
+        with routes() as found:
+            sums = loss_sums(run.task, model, batch, keys, run.training.label_smoothing)
+        beside = penalty | auxiliary_losses(run, model, batch, found, total)
+        return sums["objective"] / weight + sum(beside.values()), (sums, beside)
 
-    grads, sums = jax.grad(objective, has_aux=True)(state["params"])
-    grads, sums = total((grads, sums))
+    gates = schedule.gates_of(run, state["constants"])
+    (grads, gate_grads), (sums, beside) = jax.grad(objective, (0, 1), has_aux=True)(state["params"], gates)
+    grads, gate_grads, sums, beside = total((grads, gate_grads, sums, beside))
     updates, optimizer = _optimizer(run).update(grads, state["optimizer"], state["params"])
     new = {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer, "step": state["step"] + 1}
+    if gates:
+        new["importance"] = schedule.followed(state["importance"], gate_grads)
+        closed = schedule.closed(gates, new["importance"], schedule.heads_kept(run, new["step"]))
+        new["constants"] = schedule.with_gates(state["constants"], closed)
     # A step with a non-finite loss or gradient changes nothing, so that the last good state can be looked at.
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(grad_norm) & jnp.isfinite(sums["objective"])
@@ -96,6 +116,7 @@ def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -
             learning_rate(run.optimizer, run.model.d_model, run.training.steps)(state["step"])
         ),
         "good": good,
+        **beside,
     }
     return {**state, **kept}, metrics
 
@@ -106,16 +127,24 @@ def train_step(
     """All seeds one step on. Returns the new state and per-seed metrics, each (R,).
 
     "loss" is the unsmoothed nats a target; "good" is False where loss or gradient was not finite: that seed's state is
-    returned unchanged. With `axis_name` the batch is one shard of a larger one, and sums are taken over that axis.
+    returned unchanged. Losses beside the task's, such as "balance_loss", are there as they entered the objective. With
+    `axis_name` the batch is one shard of a larger one, and sums are taken over that axis.
     """
     return over_seeds(run, functools.partial(_step_one, run, axis_name))(state, batch)
 
 
 def evaluate_step(run: RunSpec, params: Any, constants: Any, batch: Batch) -> dict[str, Array]:
-    """Sums of loss, correct predictions and weight over one batch that all seeds see, without dropout: each (R,)."""
+    """Sums of loss, correct predictions and weight over one batch that all seeds see, without dropout: each (R,).
+
+    What is observed of heads, such as "active_heads/decoder/0/attention", is a mean times the batch's weight.
+    """
 
     def one(params: Any, constants: Any) -> dict[str, Array]:
-        return loss_sums(run.task, merge(run, params, constants), batch, None, 0.0)
+        model = merge(run, params, constants)
+        with routes() as found:
+            sums = loss_sums(run.task, model, batch, None, 0.0)
+        seen = observations(run, model, batch, found)
+        return sums | {name: mean * sums["weight"] for name, mean in seen.items()}
 
     return over_seeds(run, one)(params, constants)
 
