@@ -19,8 +19,8 @@ class Matching(NamedTuple):
     pairs     (row, column) for as many heads as the smaller side has
     matched   mean similarity of the pairs
     chance    mean similarity of a random pairing: the mean of the matrix
-    shuffled  mean over draws of what the best pairing reaches where the same similarities stand at random places: the
-              best of many numbers is high by itself
+    shuffled  mean over draws of what the best pairing reaches where what is left of the similarities after the means
+              of rows and columns stands at random places: the best of many numbers is high by itself
     p_value   share of draws, this one counted, that reach `matched` (Phipson & Smyth 2010)
     """
 
@@ -45,7 +45,10 @@ def match(pairs: Pairs, seed: int = 0) -> Matching:
     similarity = 1 - pairs.distance
     rows, columns = linear_sum_assignment(similarity, maximize=True)
     rng, matched = np.random.default_rng(seed), float(similarity[rows, columns].mean())
-    shuffled = np.array([_best(rng.permutation(similarity.ravel()).reshape(similarity.shape)) for _ in range(_DRAWS)])
+    # Some heads are like all others; that alone pairs nobody.
+    means = similarity.mean(1, keepdims=True) + similarity.mean(0, keepdims=True) - similarity.mean()
+    left = (similarity - means).ravel()
+    shuffled = np.array([_best(means + rng.permutation(left).reshape(means.shape)) for _ in range(_DRAWS)])
     return Matching(
         tuple((pairs.rows[i], pairs.columns[j]) for i, j in zip(rows, columns, strict=True)),
         matched,

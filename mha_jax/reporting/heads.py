@@ -126,8 +126,8 @@ def _redundancy_tables(directory: epath.Path) -> Iterator[dict[str, Any]]:
     if models:
         yield {
             "caption": "Heads matched one to one with those of another seed or run: mean similarity of the best "
-            "pairing, of a random one (chance), and of the best one where the same similarities stand at random "
-            "places.",
+            "pairing, of a random one (chance), and of the best one where similarities, but for each head's mean, "
+            "stand at random places.",
             "columns": ["with", "kind", "measure", "matched", "chance", "shuffled", "p"],
             "rows": [
                 [one["between"][1], one["kind"], one["measure"]]

@@ -133,7 +133,7 @@ def draw(found: Found, cuts: Mapping[str, float], foot: str, directory: epath.Pa
     side = 8.6 / max(len(measures), 2)
     with mpl.rc_context({**STYLE, "axes.grid": False, "axes.titlesize": 9}):
         height = len(kinds) * (side + 1.35) + 0.4
-        figure, axes = panels(2 * len(kinds), len(measures), height, height_ratios=[1, side] * len(kinds))
+        figure, axes = panels(2 * len(kinds), len(measures), height, height_ratios=[1.0, side] * len(kinds))
         image = None
         for i, kind in enumerate(kinds):
             for j, measure in enumerate(measures):

@@ -34,6 +34,13 @@ def test_a_permutation_is_no_chance_and_noise_is():
     assert match(pairs_of(sure)).shuffled < match(pairs_of(sure)).matched
 
 
+def test_heads_that_are_like_all_others_are_no_match():
+    hubs = np.linspace(0.1, 0.5, 7)[:, None] + np.linspace(0, 0.4, 7)[None]
+    noisy = match(pairs_of(hubs + 0.02 * np.random.default_rng(1).random((7, 7))))
+    assert noisy.p_value > 0.05
+    assert noisy.shuffled == pytest.approx(noisy.matched, abs=0.01)
+
+
 def test_every_two_layers_are_matched():
     rows = tuple(Head(f"decoder/{layer}/attention", h) for layer in range(3) for h in range(2))
     value = np.eye(6) + 0.5 * (np.eye(6, k=3) + np.eye(6, k=-3))  # heads 0 and 3, 1 and 4, 2 and 5 are alike
