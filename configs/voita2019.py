@@ -18,7 +18,7 @@ All start from the finished run named in `training.start_from`, trained before w
                                            in TFDS under that name), Transformer base: 48 heads of each kind. One table
                                            of tokens, where the paper has two.
   --config=configs/voita2019.py:multi30k   3 + 3 layers of 8 heads, d_model 128, on 29,000 short sentences: 24 heads of
-                                           each kind, 800 steps of fine-tuning.
+                                           each kind, 500 steps of fine-tuning.
 
 Multi30k: see configs/vaswani2017_table3.py for the files at data/multi30k.
 """
@@ -46,7 +46,7 @@ def get_config(profile: str = "paper") -> ConfigDict:
     if profile == "multi30k":
         parent = michel2019.get_config("multi30k")
         config = parent.copy_and_resolve_references().unlock()
-        config.training.update(steps=800, eval_every=100, checkpoint_every=200)
+        config.training.update(steps=500, eval_every=100, checkpoint_every=250)
         config.training.start_from = f"runs/michel2019/runs/{run_id(parent, {})}"
         _fine_tuning(config, learning_rate=1e-3, gates_rate=30.0)
     else:
