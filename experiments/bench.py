@@ -5,6 +5,7 @@ sparse       attention under each pattern over growing lengths: exponent, gain o
 decode       one cached token by head count and key/value heads, next to one read of the cache
 memory       forward and backward over one long input: what this process holds
 layers       a step with layers unrolled or scanned, kept or computed again: compile time, step time, memory
+ablation     the loss without each head in turn: over a kept prefix, one gate at a time, and a process a head
 pruned       a model without half its heads, one built with that shape, and the whole one, by batch size
 train_step   a step of a language model, next to its matrix products alone and to PyTorch's step
 
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, cast
 from absl import flags
 
 from experiments import cli
-from mha_jax.benchmarks import attention, decode, layers, memory, plots, pruned, sparse, tables, train_step
+from mha_jax.benchmarks import ablation, attention, decode, layers, memory, plots, pruned, sparse, tables, train_step
 from mha_jax.benchmarks.environment import environment
 from mha_jax.specs import UserError
 
@@ -58,6 +59,7 @@ VERBS = {
     "decode": Verb(decode.Setting, decode.measure, tables.decode_table, plots.decode_figure),
     "memory": Verb(memory.Setting, memory.measure, tables.memory_table, None),
     "layers": Verb(LayersSetting, _measure_layers, tables.layers_table, None),
+    "ablation": Verb(ablation.Setting, ablation.measure, tables.ablation_table, None),
     "pruned": Verb(pruned.Setting, pruned.measure, tables.pruned_table, None),
     "train_step": Verb(train_step.Setting, train_step.measure, tables.train_step, plots.train_step_figure),
 }

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mha_jax.benchmarks import attention, decode
+from mha_jax.benchmarks import ablation, attention, decode
 from mha_jax.benchmarks.train_step import FLOOR, OURS
 
 Result = dict[str, Any]
@@ -183,6 +183,23 @@ def pruned_table(result: Result) -> str:
 
     heads = "; ".join(f"{name}: {' + '.join(map(str, counts))}" for name, counts in result["heads"].items())
     return _under(markdown(header, [cells(row) for row in result["rows"]]), f"Heads of the layers: {heads}.")
+
+
+def ablation_table(result: Result) -> str:
+    """One row a way to leave out every head: seconds for all of them, its first call's, and its time over ours."""
+
+    def cells(name: str, found: dict[str, Any], digits: int, first: str) -> list[str]:
+        over = "1" if name in (ablation.OURS, ablation.ALL_HEADS) else _spread(found["ratio"], digits)
+        return [name, _spread(found["summary"][name], digits), first, over]
+
+    rows = [cells(name, result, 2, f"{seconds:.1f}") for name, seconds in result["first_seconds"].items()]
+    rows += [cells(name, result["processes"], 1, "-") for name in result["processes"]["summary"]]
+    heads = result["heads"]
+    return _under(
+        markdown(["way", f"seconds for {heads} heads", "first call, s", "over kept prefix"], rows),
+        f"Losses of the first two differ by {result['difference']:.1e} nats a token at most. The last two are whole "
+        f"processes, from start to end, each next to the other; the last is {heads} times one process with one head.",
+    )
 
 
 def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:

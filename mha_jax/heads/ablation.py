@@ -185,7 +185,8 @@ def _paired_test(differences_NE: np.ndarray) -> np.ndarray:
     p_N = np.ones(len(differences_NE))
     varies = np.ptp(differences_NE, axis=1) > 0 if differences_NE.shape[1] else np.zeros(len(p_N), bool)
     if varies.any():
-        _, p_N[varies] = stats.ttest_1samp(differences_NE[varies], 0.0, axis=1)
+        test: Any = stats.ttest_1samp(differences_NE[varies], 0.0, axis=1)  # its type does not know its fields
+        p_N[varies] = test.pvalue
     return p_N
 
 

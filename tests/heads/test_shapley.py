@@ -85,6 +85,7 @@ def gained(model, batch, names):
     return losses[0] - losses[1]
 
 
+@pytest.mark.slow
 def test_values_of_a_layers_heads_sum_to_what_the_layer_brings(opened):
     model, batches = opened
     exact = layer_shapley("lm", model, batches)
