@@ -7,6 +7,8 @@ memory       forward and backward over one long input: what this process holds
 layers       a step with layers unrolled or scanned, kept or computed again: compile time, step time, memory
 ablation     the loss without each head in turn: over a kept prefix, one gate at a time, and a process a head
 pruned       a model without half its heads, one built with that shape, and the whole one, by batch size
+routing      a layer whose router picks heads: all computed and gated, gathered, and a layer of so few heads
+gates        a step of a language model with each way of gating its heads, beside one without
 train_step   a step of a language model, next to its matrix products alone and to PyTorch's step
 
 `bench WHAT --help` names its flags. PyTorch is in requirements-bench.txt; without it the rest is timed.
@@ -22,7 +24,20 @@ from typing import Any, NamedTuple, cast
 from absl import flags
 
 from experiments import cli
-from mha_jax.benchmarks import ablation, attention, decode, layers, memory, plots, pruned, sparse, tables, train_step
+from mha_jax.benchmarks import (
+    ablation,
+    attention,
+    decode,
+    gates,
+    layers,
+    memory,
+    plots,
+    pruned,
+    routing,
+    sparse,
+    tables,
+    train_step,
+)
 from mha_jax.benchmarks.environment import environment
 from mha_jax.specs import UserError
 
@@ -61,6 +76,8 @@ VERBS = {
     "layers": Verb(LayersSetting, _measure_layers, tables.layers_table, None),
     "ablation": Verb(ablation.Setting, ablation.measure, tables.ablation_table, None),
     "pruned": Verb(pruned.Setting, pruned.measure, tables.pruned_table, None),
+    "routing": Verb(routing.Setting, routing.measure, tables.routing_table, None),
+    "gates": Verb(gates.Setting, gates.measure, tables.gates_table, None),
     "train_step": Verb(train_step.Setting, train_step.measure, tables.train_step, plots.train_step_figure),
 }
 

@@ -172,6 +172,15 @@ def layers_table(result: Result) -> str:
     return markdown(header, [cells(row) for row in result["rows"]])
 
 
+def gates_table(result: Result) -> str:
+    """One row a way of gating: milliseconds a step, and over the step without gates, round by round."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [row["gates"], _spread(row["step_ms"], 1), _spread(row["ratio"], 3)]
+
+    return markdown(["gates", "step ms", "over no gates"], [cells(row) for row in result["rows"]])
+
+
 def pruned_table(result: Result) -> str:
     """One row a batch size: milliseconds of each contestant, and the pruned model over the others, round by round."""
     first = result["rows"][0]
@@ -183,6 +192,21 @@ def pruned_table(result: Result) -> str:
 
     heads = "; ".join(f"{name}: {' + '.join(map(str, counts))}" for name, counts in result["heads"].items())
     return _under(markdown(header, [cells(row) for row in result["rows"]]), f"Heads of the layers: {heads}.")
+
+
+def routing_table(result: Result) -> str:
+    """One row a mode and number of heads in use: milliseconds of each way, its gain, FLOPs, what is left out."""
+    ways = list(result["rows"][0]["ms"])
+    gains = [f"all heads / {name}" for name in result["rows"][0]["speedup"]]
+    header = ["mode", "heads in use", *(f"{name} ms" for name in ways), *gains, "FLOPs, gathered / gated", "left out"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        times = [_spread(row["ms"][name], 1) for name in ways]
+        ratios = [_spread(ratio, 2) for ratio in row["speedup"].values()]
+        shares = [f"{row['flops']['gathered']:.2f}", f"{row['left_out']:.1%}"]
+        return [row["mode"], str(row["active"]), *times, *ratios, *shares]
+
+    return markdown(header, [cells(row) for row in result["rows"]])
 
 
 def ablation_table(result: Result) -> str:
