@@ -91,7 +91,7 @@ def get_cuts(profile: str = "paper") -> list[dict[str, Any]]:
             "text": "Without further training no model survives on few heads: four fifths cut cost more than half of "
             "the BLEU.",
             "less": _at(0.8),
-            "than": {"value": 15.0},
+            "than": {**_at(0.0), "times": 0.5},
         },
         {
             "text": "Cutting by gradient keeps more than cutting at random, at half of the heads.",

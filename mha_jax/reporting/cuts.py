@@ -3,7 +3,7 @@
 A claim is a dict `{"text", "less", "than", "margin"}`: `less` + margin is below `than`, seed by seed. Each of the two
 is a number of every seed, described by a dict:
 
-  {"curve": METRIC, "kind", "order", "removed"}   a point of a pruning curve, its draws averaged
+  {"curve": METRIC, "kind", "order", "removed"}   a point of a pruning curve, its draws averaged, times "times"
   {"significant": MEASURE, "level"}               the share of heads whose p-value (Holm) is below the level
   {"best_alone": KIND, "layer"}                   what the loss rises by when only an attention's best head is kept;
                                                   without a layer the median over layers
@@ -94,7 +94,7 @@ def _curve(point: Point, curve: Any) -> dict[Any, float]:
         same = (row["kind"], row["order"]) == (point["kind"], point["order"])
         if same and abs(row["removed"] - point["removed"]) < 1e-9 and point["curve"] in row:
             draws.setdefault(row["seed"], []).append(row[point["curve"]])
-    return {seed: float(np.mean(values)) for seed, values in draws.items()}
+    return {seed: point.get("times", 1.0) * float(np.mean(values)) for seed, values in draws.items()}
 
 
 def _significant(point: Point, importance: Any) -> dict[Any, float]:
@@ -129,7 +129,8 @@ def _label(point: Point) -> str:
         return "the limit"
     if "curve" in point:
         order = point["order"].replace("_", " ")
-        return f"{point['curve']} at {100 * point['removed']:.0f} % of {point['kind']} removed ({order})"
+        times = f"{point['times']:g} times the " if "times" in point else ""
+        return f"{times}{point['curve']} at {100 * point['removed']:.0f} % of {point['kind']} removed ({order})"
     if "significant" in point:
         return f"share of heads with p < {point['level']:g} ({point['significant'].replace('_', ' ')})"
     layer = point.get("layer")

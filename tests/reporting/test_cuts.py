@@ -41,6 +41,7 @@ def test_a_point_of_a_curve_is_compared_with_another_seed_by_seed(heads):
     assert status(heads, whole, cut, margin=-0.5) == "held"
     assert status(heads, whole, cut) == "undecided"
     assert status(heads, whole, {"value": 20}) == "not held"
+    assert status(heads, {**whole, "times": 0.5}, {"value": 20}) == "held"
 
 
 def test_shares_of_significant_heads_and_best_heads_alone_are_read(heads):
