@@ -71,7 +71,7 @@ def _count(cell: Cell) -> Estimate | None:
         return interval(list(cell.values(_ALIVE).values()))
     if cell.config is None:
         return None
-    return interval([resolve(cell.config).gated_heads])
+    return interval([float(resolve(cell.config).gated_heads)])
 
 
 def _points(axis: Axes, points: list[tuple[Row, Estimate, Estimate]], gated: bool) -> None:
