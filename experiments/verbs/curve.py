@@ -24,6 +24,7 @@ from experiments import cli, surgery
 from mha_jax.heads.pruning import Scores, masked_sums, masks, removal_order
 from mha_jax.heads.surgery import edit, head_shapes
 from mha_jax.heads.tables import kind_of
+from mha_jax.reporting.heads import write_page
 from mha_jax.reporting.pruning import draw_curves
 from mha_jax.specs import ATTENTION_KINDS, RunSpec, UserError
 from mha_jax.sweeps.children import child_state
@@ -158,6 +159,7 @@ def _write(opened: OpenedRun, rows: list[Row], values: flags.FlagValues) -> None
     (folder / "curve.csv").write_text(text.getvalue())
     foot = f"{opened.directory.run_id}  ·  {values.eval_split}  ·  commit {(commit() or 'none')[:12]}"
     draw_curves(rows, foot, folder)
+    write_page(opened.directory.path)
     metric = "bleu" if values.bleu else "loss"
     for kind in dict.fromkeys(row["kind"] for row in rows):
         print(f"{kind}: {metric} at heads removed, mean over seeds")
