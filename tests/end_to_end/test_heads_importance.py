@@ -11,13 +11,14 @@ import pytest
 from experiments import heads
 from experiments.verbs.importance import even_batches
 from mha_jax.config import resolve
-from mha_jax.heads.importance import DEFAULT, importance
+from mha_jax.heads.importance import importance
 from mha_jax.sweeps.opening import open_run
 from mha_jax.sweeps.store import RunDirectory
 from mha_jax.training.checkpoints import Checkpoints
 from mha_jax.training.step import init_state
 from tests import tiny
 
+MEASURES = ("norm", "gradient", "leave_one_out")
 KINDS = {"encoder": 3, "decoder": 1, "cross": 2}
 
 
@@ -66,23 +67,23 @@ def call(script, run, *arguments):
 
 @pytest.mark.slow
 def test_one_table_of_every_kind_of_attention_for_every_seed(script, pair_run):
-    ended = call(script, pair_run, "--batches=2")
+    ended = call(script, pair_run, "--batches=2", f"--measures={','.join(MEASURES)}")
     assert ended.code == 0, ended.err
     for title in ("encoder self-attention", "decoder self-attention", "cross-attention"):
         assert title in ended.out
     found = json.loads((pair_run / "heads" / "importance.json").read_text())
-    assert (found["data"], tuple(found["measures"])) == ("validation, 2 batches", DEFAULT)
-    assert found["seeds"].keys() == {"0", "1"} and found["seed_stability"].keys() == set(DEFAULT)
+    assert (found["data"], tuple(found["measures"])) == ("validation, 2 batches", MEASURES)
+    assert found["seeds"].keys() == {"0", "1"} and found["seed_stability"].keys() == set(MEASURES)
 
     opened = open_run(pair_run)
-    tables = importance("translation", opened.model(1), even_batches(opened, "validation", 2))
+    tables = importance("translation", opened.model(1), even_batches(opened, "validation", 2), MEASURES)
     for measure, table in tables.items():
         written = found["seeds"]["1"][measure]
         assert written["exact"] == table.exact and written["stability"] == table.stability
         for name, mean_H in table.mean.items():
             np.testing.assert_allclose(written["heads"][name]["mean"], mean_H, rtol=1e-6, atol=1e-9)
             assert (written["heads"][name]["standard_error"] is None) == table.exact
-            assert (written["heads"][name]["p_holm"] is None) == (not measure.startswith("leave_one_out"))
+            assert (written["heads"][name]["p_holm"] is None) == (measure != "leave_one_out")
 
     rows = list(csv.DictReader((pair_run / "heads" / "importance.csv").read_text().splitlines()))
     assert len(rows) == 2 * sum(KINDS.values())

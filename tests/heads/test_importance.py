@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mha_jax.heads.ablation import keep_one, leave_one_out
 from mha_jax.heads.capture import attention_maps, attentions
 from mha_jax.heads.gradients import gate_gradients, mean_sizes
-from mha_jax.heads.importance import MEASURES, importance
+from mha_jax.heads.importance import ATTENTION, GRADIENTS, MEASURES, importance
 from mha_jax.heads.norms import NORMS
+from mha_jax.heads.shapley import layer_shapley
 from mha_jax.heads.spread import attention_spread
 from mha_jax.models import build_model
 from mha_jax.models.losses import example_sums
 from mha_jax.specs import EOS, UserError
 from tests import tiny
 
+CHEAP = (*NORMS, *ATTENTION, *GRADIENTS)
+MQA = {"model__num_layers": 1, "model__num_heads": 3, "model__num_kv_heads": 1}
 SHAPE = {"model__num_heads": (6, 0), "model__num_kv_heads": (2, 0)}
 
 
@@ -123,7 +127,7 @@ def _real(task, batch, stack):
 
 @pytest.mark.slow
 def test_head_that_looks_alike_from_everywhere_has_no_variance():
-    _, model, (batch, _) = make("classification", model__num_heads=3, model__num_kv_heads=1)
+    _, model, (batch, _) = make("classification", **MQA)
     for layer in attentions(model).values():
         layer.query.kernel[...] = layer.query.kernel[...].at[:, 1].set(0)
     for _, variance_H in jax.jit(attention_spread)(model, batch).values():
@@ -133,7 +137,7 @@ def test_head_that_looks_alike_from_everywhere_has_no_variance():
 @pytest.fixture(scope="module")
 def measured():
     spec, model, batches = make(num_batches=3)
-    return spec, model, batches, importance("lm", model, batches)
+    return spec, model, batches, importance("lm", model, batches, CHEAP)
 
 
 def test_norms_are_those_of_each_heads_own_slices(measured):
@@ -149,7 +153,7 @@ def test_norms_are_those_of_each_heads_own_slices(measured):
 
 def test_every_measure_is_a_table_of_all_heads(measured):
     _, model, _, tables = measured
-    assert tuple(tables) == MEASURES
+    assert tuple(tables) == CHEAP
     for measure, table in tables.items():
         assert {name: len(x) for name, x in table.mean.items()} == {
             name: layer.shape.num_heads for name, layer in attentions(model).items()
@@ -178,6 +182,24 @@ def test_norm_times_variance_is_their_product(measured):
     tables = measured[-1]
     for name, product in tables["norm_variance"].mean.items():
         np.testing.assert_allclose(product, tables["norm"].mean[name] * tables["variance"].mean[name])
+
+
+@pytest.mark.slow
+def test_ablations_are_signed_so_that_more_is_more_important():
+    spec, model, batches = make(**MQA)
+    layers = ["decoder/0/attention"]
+    tables = importance(spec.task, model, batches, MEASURES, layers)
+    assert all(list(table.mean) == layers for table in tables.values())
+    removed, alone = (ablation(spec.task, model, batches, names=layers) for ablation in (leave_one_out, keep_one))
+    name = layers[0]
+    np.testing.assert_array_equal(tables["leave_one_out"].mean[name], removed.table().mean[name])
+    np.testing.assert_array_equal(tables["leave_one_out_accuracy"].mean[name], -removed.table("accuracy").mean[name])
+    np.testing.assert_array_equal(tables["keep_one"].mean[name], -alone.table().mean[name])
+    np.testing.assert_array_equal(tables["keep_one"].p_values[name], alone.table().p_values[name])
+    for measure in ("mean", "resample"):
+        other = leave_one_out(spec.task, model, batches, instead=measure, names=layers).table()
+        np.testing.assert_array_equal(tables[measure].mean[name], other.mean[name])
+    np.testing.assert_array_equal(tables["shapley"].mean[name], layer_shapley("lm", model, batches).mean[name])
 
 
 @pytest.mark.parametrize(
