@@ -64,6 +64,7 @@ def _parsed(argv: list[str]) -> flags.FlagValues:
 def _write(opened: OpenedRun, source: str, found: Mapping[int, Tables]) -> None:
     from mha_jax.reporting import formats  # matplotlib takes seconds to import
     from mha_jax.reporting import importance as report
+    from mha_jax.reporting.heads import write_page
 
     first, *_ = found
     stability = {m: seed_stability([tables[m] for tables in found.values()]) for m in found[first]}
@@ -85,4 +86,4 @@ def _write(opened: OpenedRun, source: str, found: Mapping[int, Tables]) -> None:
     print(f"{opened.directory.run_id}, seed {first} of {list(found)}, {source}\n")
     print(report.text(found[first]) + "\n")
     print(report.stability_text(found[first], stability))
-    print(f"\nwritten: {heads}/importance.json, .csv, .svg, .png")
+    print(f"\nwritten: {heads}/importance.json, .csv, .svg, .png\npage: {write_page(opened.directory.path)}")
