@@ -2,8 +2,8 @@
 
 The model itself computes all heads and gates them. This is the same function with less work, for measuring what routing
 can save: of each head `capacity` queries at most are computed, the projections around them included. Keys and values
-stay whole, as they may be read by tokens that use the head. On CPU it saves FLOPs and no time: gathers and scatters take
-more than the products that are left out (`experiments.bench routing`).
+stay whole, as they may be read by tokens that use the head. On CPU it saves FLOPs and no time: gathers and scatters
+take more than the products that are left out (`experiments.bench routing`).
 """
 
 import jax
