@@ -39,10 +39,18 @@ def main(argv: list[str]) -> int:
 
 
 def even_batches(opened: OpenedRun, split: str, count: int) -> list[Batch]:
-    """So many batches at even distances over a split, which may lie in order of length; all, where it has fewer."""
-    total = sum(1 for _ in opened.batches(split))
-    chosen = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
+    """So many batches at even distances over a split, which may lie in order of length; all, where it has fewer.
+
+    A batch of one example and padding is passed over: it has no spread, and no other example to resample from.
+    """
+    full = [number for number, batch in enumerate(opened.batches(split)) if _examples(batch) > 1]
+    chosen = {full[i] for i in np.linspace(0, len(full) - 1, min(count, len(full))).round().astype(int)} if full else {}
     return [batch for number, batch in enumerate(opened.batches(split)) if number in chosen]
+
+
+def _examples(batch: Batch) -> int:
+    weights = np.asarray(batch["weights"])
+    return int((weights.reshape(len(weights), -1).sum(axis=1) > 0).sum())
 
 
 def _parsed(argv: list[str]) -> flags.FlagValues:

@@ -86,7 +86,7 @@ def matched_d_ff(run: RunSpec) -> int:
 
 
 def parameters(run: RunSpec) -> int:
-    """Trained numbers in the model: tokens are counted once though they are read twice; gates where they are trained."""
+    """Trained numbers in the model: tokens count once though they are read twice; gates where they are trained."""
     model, d_model, stacks = run.model, run.model.d_model, _num_stacks(run)
     blocks = stacks * model.num_layers
     attentions = len(ATTENTION_KINDS[run.task]) * model.num_layers
