@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -143,3 +144,10 @@ def test_a_run_that_is_none_or_not_finished_is_told(script, tmp_path):
     RunDirectory.create(tmp_path / "half", tiny.config())
     assert "has no finished checkpoint of step 20" in call(script, tmp_path / "half").complaint
     assert not (tmp_path / "half" / "heads").exists()
+
+
+def test_a_last_batch_of_one_example_and_padding_is_passed_over():
+    weights = [[[1, 1], [1, 0]], [[1, 0], [0, 1]], [[1, 1], [0, 0]]]
+    made = [{"weights": np.array(one), "number": i} for i, one in enumerate(weights)]
+    opened = types.SimpleNamespace(batches=lambda split: iter(made))
+    assert [batch["number"] for batch in even_batches(opened, "validation", 8)] == [0, 1]
