@@ -59,9 +59,10 @@ def watch(
 
     A model that scans or rematerialises its layers runs the same parameters one layer after the other.
 
-    Raises: UserError for an attention that does not exist.
+    Raises: UserError for an attention that does not exist, and for one that is more than queries, keys and a rule.
     """
     chosen, found = chosen_layers(model, layers), {}
+    _check_plain({name: layer for name, layer in attentions(model).items() if name in chosen})
 
     def see(name: str, attended: Attended) -> None:
         found[name] = look(name, attended)
@@ -158,6 +159,16 @@ def chosen_layers(model: Model, layers: Sequence[str] | None) -> list[str]:
         if name not in present:
             raise UserError(f"there is no attention {name!r}; there are {', '.join(present)}")
     return chosen
+
+
+def _check_plain(layers: dict[str, MultiHeadAttention]) -> None:
+    for name, layer in layers.items():
+        for part, field in ((layer.router, "model.routing"), (layer.span, "model.adaptive_span")):
+            if part is not None:
+                raise UserError(
+                    f"{name} has {field}, which changes what its heads do for each token: its weights and outputs "
+                    f"cannot be watched yet; importance by gradient and by leave_one_out works on it"
+                )
 
 
 def _check_numbers(fault: str, numbers: Sequence[int] | None, count: int) -> None:

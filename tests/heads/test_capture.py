@@ -220,3 +220,10 @@ def test_statistics_never_hold_the_square_of_a_long_text():
 def test_choice_that_does_not_exist_is_refused(choice, message):
     with pytest.raises(UserError, match=message):
         attention_maps(make_abstract(), BATCHES["lm"], **choice)
+
+
+@pytest.mark.parametrize("section", [{"model__routing__kind": "moh"}, {"model__adaptive_span__max_span": 8}])
+def test_heads_that_a_router_or_a_span_changes_are_refused(section):
+    model = make_abstract(model__num_heads=4, model__num_kv_heads=4, **section)
+    with pytest.raises(UserError, match="changes what its heads do for each token"):
+        head_statistics(model, {"inputs": jnp.ones((1, 5), jnp.int32)})
