@@ -200,7 +200,8 @@ class MultiHeadAttention(nnx.Module):
 
     def head_gate(self) -> Array:
         """The layer's own factor a head: its gate, times the learned one where it has one."""
-        return self.gate[...] if self.learned_gate is None else self.gate[...] * self.learned_gate()
+        gate = self.gate[...]
+        return gate if self.learned_gate is None else gate * jnp.broadcast_to(self.learned_gate(), gate.shape)
 
     def _rotated(self, x: Array, positions: Array | None) -> Array:
         if not self.rope:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from mha_jax.attention import MultiHeadAttention
 from mha_jax.attention.gates import HardConcreteGate, drop_heads, make_gate, uniform
+from mha_jax.attention.multihead import Gate
 
 LOG_ALPHA = np.array([-4.0, -2.41, -2.39, -0.5, 0.0, 1.0, 2.39, 2.41, 5.0])
 
@@ -85,6 +86,9 @@ def test_a_learned_gate_of_0_is_zeroed_rows_of_out(kind):
     param[...] = jnp.asarray([1.0, 0.0, 1.0] if kind == "scalar" else [5.0, -5.0, 5.0])
     layer.learned_gate = gate
     gated = layer(x_BTD)
+    layer.gate = Gate(jnp.ones((2, 3)))  # as it is while a step drops heads of each example
+    np.testing.assert_array_equal(layer(x_BTD), gated)
+    layer.gate = Gate(jnp.ones(3))
     layer.learned_gate = None
     layer.out.kernel[...] = layer.out.kernel[...].at[1].set(0)
     np.testing.assert_array_equal(gated, layer(x_BTD))
