@@ -35,10 +35,12 @@ def attention_spread(model: Model, batch: Batch) -> dict[str, Spread]:
     their queries. It is 0 for a head that looks at the same places whatever the query, evenly at all or always at one
     token (the "no-op" of Clark et al. 2019, section 3.2): such a head adds the same vector everywhere in the text.
     """
-    real = _real_tokens(model, batch)
+    tokens = {"encoder": "source", "decoder": "target_inputs"} if "source" in batch else {}
+    real = real_queries(model, batch)
 
     def look(name: str, attended: Attended) -> Spread:
-        return _spread(attended, real[name.split("/")[0]])
+        stack = name.split("/")[0]
+        return _spread(attended, real[stack] & (batch[tokens.get(stack, "inputs")] != EOS))
 
     return watch(model, batch, look)[1]
 
@@ -70,10 +72,3 @@ def _spread(attended: Attended, real_BT: Bool[Array, "B T"]) -> Spread:
     count = jnp.maximum(count_B.sum(), 1)
     confidence_H = jnp.where(real_BT1, max_BTH, 0).sum(axis=(0, 1)) / count
     return Spread(confidence_H, jnp.maximum(deviation_BH, 0).sum(axis=0) / count)
-
-
-def _real_tokens(model: Model, batch: Batch) -> dict[str, Bool[Array, "B T"]]:
-    """Which queries of each stack are tokens of a text that counts, other than EOS."""
-    pair = {"encoder": "source", "decoder": "target_inputs"} if "source" in batch else {}
-    real = real_queries(model, batch)
-    return {stack: real_BT & (batch[pair.get(stack, "inputs")] != EOS) for stack, real_BT in real.items()}
