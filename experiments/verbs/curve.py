@@ -21,9 +21,9 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, surgery
+from mha_jax.heads.capture import kind_of
 from mha_jax.heads.pruning import Scores, masked_sums, masks, removal_order
 from mha_jax.heads.surgery import edit, head_shapes
-from mha_jax.heads.tables import kind_of
 from mha_jax.reporting.heads import write_page
 from mha_jax.reporting.pruning import draw_curves
 from mha_jax.specs import ATTENTION_KINDS, RunSpec, UserError

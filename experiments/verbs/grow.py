@@ -16,10 +16,10 @@ from typing import Any
 from absl import flags
 
 from experiments import cli, surgery
+from mha_jax.heads.capture import kind_of
 from mha_jax.heads.growing import Made, add_heads, split_heads, to_groups
 from mha_jax.heads.merging import merge_heads
 from mha_jax.heads.surgery import Shapes, head_shapes
-from mha_jax.heads.tables import kind_of
 from mha_jax.specs import ATTENTION_KINDS, UserError
 from mha_jax.sweeps.children import child_state
 from mha_jax.sweeps.opening import OpenedRun, chosen_seeds

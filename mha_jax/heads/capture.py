@@ -52,6 +52,17 @@ def attentions(model: Model) -> dict[str, MultiHeadAttention]:
     return {name: getattr(block, place) for name, block, place in _places(model)}
 
 
+def kind_of(name: str) -> str:
+    """The kind of the attention of this name: "encoder" or "decoder" (of themselves), or "cross"."""
+    stack, _, place = name.split("/")
+    return "cross" if place == "cross_attention" else stack
+
+
+def layer_of(name: str) -> int:
+    """The layer of the attention of this name, from 0."""
+    return int(name.split("/")[1])
+
+
 def watch(
     model: Model, batch: Batch, look: Callable[[str, Attended], Any], layers: Sequence[str] | None = None
 ) -> tuple[Array, dict[str, Any]]:

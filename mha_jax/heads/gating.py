@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mha_jax.attention.gates import HardConcreteGate, drop_heads, uniform
 from mha_jax.attention.multihead import Gate, MultiHeadAttention
-from mha_jax.heads.capture import attentions
-from mha_jax.heads.tables import kind_of
+from mha_jax.heads.capture import attentions, kind_of
 from mha_jax.models.transformer import Model
 from mha_jax.specs import GatesSpec
 

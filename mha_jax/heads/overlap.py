@@ -5,8 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mha_jax.attention import MultiHeadAttention
-from mha_jax.heads.capture import attentions
-from mha_jax.heads.tables import kind_of
+from mha_jax.heads.capture import attentions, kind_of
 from mha_jax.models.transformer import Model
 from mha_jax.specs import UserError
 

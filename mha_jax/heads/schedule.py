@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from mha_jax.heads.tables import kind_of
+from mha_jax.heads.capture import kind_of
 from mha_jax.specs import RunSpec
 
 _DECAY = 0.98  # of the running mean of importance: it forgets in some fifty steps

@@ -22,9 +22,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mha_jax.attention.regions import Span
-from mha_jax.heads.capture import Attended, Batch, attentions, real_queries, watch
+from mha_jax.heads.capture import Attended, Batch, attentions, kind_of, real_queries, watch
 from mha_jax.heads.overlap import weight_overlap
-from mha_jax.heads.tables import kind_of
 from mha_jax.models.transformer import Model
 from mha_jax.specs import UserError
 

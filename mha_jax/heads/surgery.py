@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from mha_jax import config as configs
-from mha_jax.heads.tables import kind_of, layer_of
+from mha_jax.heads.capture import kind_of, layer_of
 from mha_jax.models.cost import matched_d_ff
 from mha_jax.specs import ATTENTION_KINDS, HeadShape, RunSpec, UserError
 

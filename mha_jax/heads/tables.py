@@ -7,20 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+from mha_jax.heads.capture import kind_of
 from mha_jax.specs import UserError
 
 Heads = dict[str, np.ndarray]
-
-
-def kind_of(name: str) -> str:
-    """The kind of the attention of this name: "encoder" or "decoder" (of themselves), or "cross"."""
-    stack, _, place = name.split("/")
-    return "cross" if place == "cross_attention" else stack
-
-
-def layer_of(name: str) -> int:
-    """The layer of the attention of this name, from 0."""
-    return int(name.split("/")[1])
 
 
 def by_kind(heads: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

@@ -8,7 +8,8 @@ import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
 
-from mha_jax.heads.tables import HeadTable, by_kind, kind_of, layer_of
+from mha_jax.heads.capture import kind_of, layer_of
+from mha_jax.heads.tables import HeadTable, by_kind
 from mha_jax.reporting.canvas import INK, RULE, STYLE, panels, save
 
 Tables = Mapping[str, HeadTable]

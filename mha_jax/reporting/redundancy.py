@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from scipy.cluster import hierarchy
 
+from mha_jax.heads.capture import layer_of
 from mha_jax.heads.matching import Matched
 from mha_jax.heads.redundancy import Effect, Measured, clusters, dendrogram
 from mha_jax.heads.similarity import MEASURES, Pairs
-from mha_jax.heads.tables import layer_of
 from mha_jax.reporting.canvas import MUTED, OURS, PAGE, STYLE, panels, save
 
 Found = Mapping[str, Mapping[str, Pairs]]

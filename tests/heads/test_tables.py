@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mha_jax.heads.tables import HeadTable, by_kind, kind_of, layer_of, seed_stability
+from mha_jax.heads.capture import kind_of, layer_of
+from mha_jax.heads.tables import HeadTable, by_kind, seed_stability
 from mha_jax.specs import UserError
 
 RNG = np.random.default_rng(0)
