@@ -7,6 +7,7 @@ import pytest
 from mha_jax.benchmarks.train_step import language_model, random_batch
 from mha_jax.training.step import init_state, train_step
 
+pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch", reason="PyTorch is only in requirements-bench.txt")
 
 

@@ -13,6 +13,8 @@ from mha_jax.attention.backends import einsum, pallas
 from mha_jax.attention.backends.call import Call
 from mha_jax.attention.blockmap import EMPTY, FULL, PARTIAL
 
+pytestmark = pytest.mark.slow  # interpreted kernels take seconds each
+
 B, T, S, K, V = 2, 31, 37, 5, 11
 IDS = jnp.arange(T)[None] // jnp.array([[7], [40]])
 MASK = jax.random.bernoulli(jax.random.key(7), 0.3, (B, 3, T, S))
@@ -57,14 +59,12 @@ def test_ragged_groups_a_rule_per_head_and_dropout_match_the_reference():
     assert_like_reference(rule, T, S, (1, 0, 1), rate=0.3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("groups", [(0, 1, 2), (0, 0, 1, 1), (0, 0, 0)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("length", [15, 17, 32, 37])
 def test_groups_and_lengths_match_the_reference(groups, length):
     assert_like_reference(Causal(), length, length, groups)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
 @pytest.mark.parametrize(
     ("rule", "keys"),
@@ -84,7 +84,6 @@ def test_rules_match_the_reference(rule, keys, traced):
     assert_like_reference(rule, T, keys, (1, 0, 1), traced=traced)
 
 
-@pytest.mark.slow
 def test_dropout_does_not_depend_on_the_tiles(monkeypatch):
     given = arrays(2, 1, 61, 67)
     small = results(pallas, Causal(), given, (0, 0), rate=0.4)
@@ -93,7 +92,6 @@ def test_dropout_does_not_depend_on_the_tiles(monkeypatch):
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_widths_of_whole_tiles_in_bfloat16_are_as_near_as_the_reference():
     given = arrays(2, 1, 32, 48, 16, 32, jnp.bfloat16)
     exact = results(einsum, Full(), [x.astype(jnp.float32) for x in given], (0, 0))
@@ -118,7 +116,6 @@ def test_rows_that_see_nothing_are_zero_and_hidden_nan_reaches_nobody():
         assert (mine[unseen] == 0).all()
 
 
-@pytest.mark.slow
 def test_a_traced_scale_has_a_gradient():
     given = arrays(2, 1, 17, 19)
     mine, expected = (
@@ -128,7 +125,6 @@ def test_a_traced_scale_has_a_gradient():
     np.testing.assert_allclose(mine, expected, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_seeds_at_once_equal_seeds_one_by_one():
     given = [jnp.stack([x, -x[::-1]]) for x in arrays(2, 1, 17, 19)]
     rule = Padding(jnp.array([5, 18]))
@@ -194,7 +190,6 @@ def test_forward_and_backward_lower_for_cuda(monkeypatch):
     assert_lowers_for_cuda(monkeypatch, PerHead(Causal(), Full(), SlidingWindow(5)), jnp.bfloat16, K, V, 0.3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_widths_and_types_lower_for_cuda(monkeypatch, dtype, width):
@@ -202,7 +197,6 @@ def test_widths_and_types_lower_for_cuda(monkeypatch, dtype, width):
     assert_lowers_for_cuda(monkeypatch, Causal(), dtype, width, width)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [

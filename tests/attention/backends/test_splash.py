@@ -11,6 +11,8 @@ from mha_jax.attention import Causal, Dense, Full, Global, Padding, PerHead, Rul
 from mha_jax.attention.backends import einsum, splash
 from mha_jax.attention.backends.call import Call, regular_groups
 
+pytestmark = pytest.mark.slow  # interpreted kernels take seconds each
+
 B = 2
 NOTHING = ~Full()
 
@@ -107,7 +109,6 @@ CELLS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_outputs_and_gradients_match_the_reference(name):
     cell = CELLS[name]
@@ -115,7 +116,6 @@ def test_outputs_and_gradients_match_the_reference(name):
     assert_same(results(splash, cell, arrays), results(einsum, cell, arrays))
 
 
-@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16():
     cell = Cell(Causal() & Padding(jnp.array([40, 131])), qk_dim=17, v_dim=11, dtype=jnp.bfloat16)
     arrays = cell.arrays()
@@ -127,7 +127,6 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16():
         assert mine <= 2 * its
 
 
-@pytest.mark.slow
 def test_seeds_together_are_seeds_one_by_one():
     def attended(q, k, v, lengths):
         rule = Causal() & Padding(lengths)
