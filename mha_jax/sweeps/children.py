@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from mha_jax import config as configs
 from mha_jax.specs import UserError
@@ -77,10 +78,13 @@ def write_child(
     directory = RunDirectory(runs / configs.run_id(config, {**label, "seed": config["seeds"][0]}))
     if (directory.path / "config.json").exists():
         raise UserError(f"{directory.path} is there already; remove it, or name another place with --out")
-    run = configs.resolve(config)
-    checkpoints = Checkpoints(directory.path / "checkpoints", keep_last=run.training.keep_last)
-    metadata = {"config_hash": configs.config_hash(config), "window": Window().as_dict()}
-    checkpoints.save(opened.step, state, metadata)
+    return begin_run(directory.path, config, opened.step, state)
+
+
+def begin_run(path: epath.PathLike, config: ConfigDict | Mapping[str, Any], step: int, state: State) -> RunDirectory:
+    """A run directory that has its config and one checkpoint, from which training and `open_run` go on."""
+    checkpoints = Checkpoints(epath.Path(path) / "checkpoints", keep_last=configs.resolve(config).training.keep_last)
+    checkpoints.save(step, state, {"config_hash": configs.config_hash(config), "window": Window().as_dict()})
     checkpoints.close()
     # Last, as a directory without a config is no run: what was stopped half-way can be made again.
-    return RunDirectory.create(directory.path, config)
+    return RunDirectory.create(path, config)

@@ -17,9 +17,8 @@ from mha_jax.data.tokenizers import Tokenizer
 from mha_jax.models.decoding import generate
 from mha_jax.specs import BOS, RunSpec, UserError
 from mha_jax.sweeps.cell import Exit, data_dir, run_cell
+from mha_jax.sweeps.children import begin_run
 from mha_jax.sweeps.store import RunDirectory
-from mha_jax.training.checkpoints import Checkpoints
-from mha_jax.training.loop import Window
 from mha_jax.training.step import State, init_state, merge
 
 _ROWS = 64  # texts written at once
@@ -50,11 +49,7 @@ def write_imported(workdir: epath.PathLike, config: ConfigDict | Mapping[str, An
     run = configs.resolve(config)
     state = imported_state(run, params)
     load(run.data, run.task, data_dir(run, directory.workdir))  # what is wrong with it shows before anything is written
-    checkpoints = Checkpoints(directory.path / "checkpoints", keep_last=run.training.keep_last)
-    metadata = {"config_hash": configs.config_hash(config), "window": Window().as_dict()}
-    checkpoints.save(run.training.steps, state, metadata)
-    checkpoints.close()
-    directory = RunDirectory.create(directory.path, config)
+    directory = begin_run(directory.path, config, run.training.steps, state)
     if run_cell(directory, progress=False) != Exit.DONE:
         raise UserError(directory.failure)
     return directory
