@@ -11,20 +11,9 @@ from typing import Any, Literal
 from mha_jax.reporting.results import Cell, Results
 from mha_jax.reporting.statistics import Estimate, paired
 from mha_jax.specs import UserError
+from mha_jax.training.metrics import lower_is_better
 
 Status = Literal["held", "not held", "undecided"]
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "heads_alive")
-HIGHER_IS_BETTER = ("bleu", "accuracy")
-
-
-def lower_is_better(metric: str) -> bool:
-    """The direction of "validation/loss" and the like. Raises UserError for a metric whose direction is not known."""
-    name = metric.rsplit("/", 1)[-1]
-    if name not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
-        raise UserError(
-            f"metric {metric!r} has no direction; known are {', '.join(LOWER_IS_BETTER + HIGHER_IS_BETTER)}"
-        )
-    return name in LOWER_IS_BETTER
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,11 @@ from matplotlib.lines import Line2D
 
 from mha_jax.reporting.alive import alive, kept
 from mha_jax.reporting.canvas import MUTED, OURS, PAGE, PAPER, RAMP, STYLE, Picture, panels, save
-from mha_jax.reporting.claims import lower_is_better
 from mha_jax.reporting.provenance import footer
 from mha_jax.reporting.results import Cell, Results
 from mha_jax.reporting.statistics import interval
 from mha_jax.reporting.tables import Row, Table, deciding, head_shape, headlines, with_unit
+from mha_jax.training.metrics import lower_is_better
 
 _AXES = {
     "h": "heads",

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mha_jax.specs import UserError
+
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "heads_alive")
+HIGHER_IS_BETTER = ("bleu", "accuracy")
 _FIELDS = {"step": int, "seed": int, "split": str, "name": str, "value": (int, float, types.NoneType)}
 
 
@@ -107,6 +111,16 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if not isinstance(row, dict) or any(not isinstance(row.get(k, ...), kind) for k, kind in _FIELDS.items()):
         return None
     return {**row, "value": math.nan if row["value"] is None else float(row["value"])}
+
+
+def lower_is_better(metric: str) -> bool:
+    """The direction of "validation/loss" and the like. Raises UserError for a metric whose direction is not known."""
+    name = metric.rsplit("/", 1)[-1]
+    if name not in LOWER_IS_BETTER + HIGHER_IS_BETTER:
+        raise UserError(
+            f"metric {metric!r} has no direction; known are {', '.join(LOWER_IS_BETTER + HIGHER_IS_BETTER)}"
+        )
+    return name in LOWER_IS_BETTER
 
 
 def perplexity(loss: Any) -> np.ndarray:
