@@ -8,15 +8,22 @@ from ml_collections import config_flags
 
 from mha_jax import config as configs
 from mha_jax.specs import UserError
+from mha_jax.storage import told
 from mha_jax.sweeps import grid
 
 
 def run(main: Callable[[list[str]], int]) -> None:
-    """Calls main(sys.argv) and exits with its code, or with 2 and one line where what the user gave is wrong."""
+    """Calls main(sys.argv) and exits with its code, or with 2 and one line where what the user gave is wrong, a disk
+    that is full or cannot be written included."""
     try:
         code = main(sys.argv)
     except UserError as error:
         complain(str(error))
+        code = 2
+    except OSError as error:
+        if not told(error):
+            raise
+        complain(str(told(error)))
         code = 2
     sys.exit(int(code))
 

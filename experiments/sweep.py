@@ -11,6 +11,7 @@ from mha_jax.specs import UserError
 from mha_jax.sweeps import grid, preparation, provenance
 from mha_jax.sweeps.cell import Exit
 from mha_jax.sweeps.executors import local
+from mha_jax.sweeps.mending import mend_sweep
 from mha_jax.sweeps.store import SweepDirectory
 
 
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> int:
         return _dry_run(cells)
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the sweep's files go to")
+    for line in mend_sweep(values.workdir, cells):
+        print(f"warning: {line}")
     facts = {"versions": provenance.versions(), "commit": provenance.commit(), "devices": devices}
     sweep = SweepDirectory.create(values.workdir, study, cells, facts)
     for cell in cells:

@@ -35,6 +35,7 @@ def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list
         budget=_budget(results),
         provenance=caption(results),
         problems=results.problems,
+        incidents=results.incidents,
     )
 
 

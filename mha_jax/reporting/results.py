@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from etils import epath
 
 from mha_jax.config import flatten, plain
 from mha_jax.specs import UserError
+from mha_jax.sweeps.store import read_json
 from mha_jax.training.metrics import read_metrics
 
 MEDIANS = ("tokens_per_second", "step_seconds")
@@ -82,6 +82,11 @@ class Results:
     def done(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.state == "done"]
 
+    @property
+    def incidents(self) -> list[str]:
+        """What went wrong on the way and was survived: attempts that were cut short, files that were damaged."""
+        return [f"{cell.run}: {line}" for cell in self.cells for line in cell.status.get("incidents", [])]
+
     @functools.cached_property
     def base(self) -> Cell | None:
         """The cell that differences are taken from; None where it is illegal."""
@@ -148,12 +153,14 @@ class Results:
 
 
 def read(workdir: epath.PathLike) -> Results:
-    """Reads a sweep directory, finished or not. Raises UserError where there is none."""
+    """Reads a sweep directory, finished or not. Raises UserError where there is none, or sweep.json is damaged."""
     workdir = epath.Path(workdir)
     if not (workdir / "sweep.json").exists():
         raise UserError(f"{workdir} holds no sweep: sweep.json is missing")
     problems: list[str] = []
     sweep = _json(workdir / "sweep.json", problems)
+    if "cells" not in sweep:
+        raise UserError(f"{workdir / 'sweep.json'} is damaged; run the sweep again, which writes it anew")
     cells = []
     for cell in sweep.get("cells", []):
         directory = workdir / "runs" / cell["run"]
@@ -168,11 +175,8 @@ def read(workdir: epath.PathLike) -> Results:
 
 def _json(path: epath.Path, problems: list[str]) -> dict[str, Any]:
     """The object in a file; empty where there is none, and where it is corrupt, which is then named."""
-    if not path.exists():
-        return {}
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        problems.append(f"{path} is corrupt: {error}")
+        return read_json(path) if path.exists() else {}
+    except UserError as error:
+        problems.append(str(error))
         return {}
-    return value if isinstance(value, dict) else {}

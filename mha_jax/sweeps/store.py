@@ -27,16 +27,25 @@ def write_json(path: epath.Path, value: Any) -> None:
     """Replaces the file at once: a reader, or a kill at any moment, finds the old or the new text, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}"
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    beside.replace(path)
-
-
-def read_json(path: epath.Path) -> Any:
-    """Raises UserError, one line, where the text is not JSON."""
     try:
-        return json.loads(path.read_text())
+        beside.write_text(json.dumps(value, indent=2) + "\n")
+        beside.replace(path)
+    except OSError as error:
+        error.filename = os.fspath(path)  # a full disk names no file, and nobody knows the one beside
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Raises UserError, one line, where the text is no JSON object."""
+    try:
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object)")
+    return value
 
 
 class RunDirectory:
@@ -157,7 +166,8 @@ class SweepDirectory:
             "docstring": study.docstring,
             "base_config": configs.plain(study.config),
             "base": grid.base_run_id(study, made),
-            "cells": [{"run": c.run_id, "overrides": configs.plain(c.overrides), "reason": c.reason} for c in made],
+            "cells": [_cell(cell) for cell in made],
+            "tuning": configs.plain(study.tuning),
             "paper": configs.plain(study.paper),
             "claims": configs.plain(study.claims),
             **facts,
@@ -167,8 +177,9 @@ class SweepDirectory:
             changes = _changes(read_json(file), new)
             if changes:
                 raise UserError(f"{directory.path} holds another sweep: {'; '.join(changes)}")
-        legal = [cell for cell in made if cell.reason is None]
-        for cell in legal:
+        # A cell whose values are still being searched has no run yet.
+        ready = [cell for cell in made if cell.reason is None and (study.tuning is None or cell.untuned)]
+        for cell in ready:
             RunDirectory.create(directory.run_path(cell.run_id), cell.config)
         write_json(file, new)
         return directory
@@ -179,7 +190,7 @@ class SweepDirectory:
     @property
     def in_use(self) -> bool:
         """Whether anything has been trained here, so that a sweep mended after a mistake may take the place."""
-        runs = (self.path / "runs").glob("*")
+        runs = [path for place in ("runs", "tuning/runs") for path in (self.path / place).glob("*")]
         return any((path / "metrics.jsonl").exists() or RunDirectory(path).locked for path in runs)
 
     @property
@@ -192,13 +203,21 @@ class SweepDirectory:
         return [RunDirectory(self.run_path(c["run"])) for c in self.facts["cells"] if c["reason"] is None]
 
 
+def _cell(cell: grid.Cell) -> dict[str, Any]:
+    facts = {"run": cell.run_id, "overrides": configs.plain(cell.overrides), "reason": cell.reason}
+    return facts if cell.untuned is None else facts | {"tuned": configs.plain(cell.tuned), "untuned": cell.untuned}
+
+
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     names = [
         Path(facts["config_file"]).name + (":" + facts["profile"] if facts["profile"] else "") for facts in (old, new)
     ]
     changes = [f"config file: {names[0]} -> {names[1]}"] if names[0] != names[1] else []
     changes += configs.diff(old["base_config"], new["base_config"])
-    before, after = ([cell["run"] for cell in facts["cells"]] for facts in (old, new))
+    # More values or trials are a wider search, not another sweep: what was tried stays tried.
+    tuned = [sorted((facts.get("tuning") or {}).get("fields", ())) for facts in (old, new)]
+    changes += [f"tuned fields: {tuned[0]} -> {tuned[1]}"] if tuned[0] != tuned[1] else []
+    before, after = ([cell.get("untuned", cell["run"]) for cell in facts["cells"]] for facts in (old, new))
     changes += [f"cell {run} is gone" for run in before if run not in after]
     changes += [f"cell {run} is new" for run in after if run not in before]
     return changes

@@ -6,7 +6,6 @@ count: it is named and the one before is used. Orbax alone restores flipped byte
 
 import concurrent.futures
 import dataclasses
-import errno
 import math
 from typing import Any, Literal
 
@@ -15,11 +14,10 @@ import numpy as np
 from etils import epath
 
 from mha_jax.specs import UserError
+from mha_jax.storage import refusal
 from mha_jax.training import manifests
 
 _UNFINISHED = "orbax-checkpoint-tmp"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_DISK_FULL_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +69,14 @@ class Checkpoints:
             arguments = ocp.args.StandardSave(_stored(named))  # pyright: ignore[reportCallIssue]
             self._checkpointer().save(self._path(step), args=arguments, force=True)
         except Exception as error:
-            self._raise_if_disk_full(step, error)
+            self._raise_if_refused(step, error)
             raise
         self._saving = (step, self._worker.submit(self._finish, step, facts))
 
     def wait(self) -> None:
         """Returns when nothing is being saved any more.
 
-        Raises: what saving failed with; UserError where the disk is full, naming the last good step.
+        Raises: what saving failed with; UserError where the disk is full or read-only, naming the last good step.
         """
         if self._saving is None:
             return
@@ -86,7 +84,7 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
-            self._raise_if_disk_full(step, error)
+            self._raise_if_refused(step, error)
             raise
 
     def close(self) -> None:
@@ -153,14 +151,12 @@ class Checkpoints:
         leaves = [found[name] if name in found else _empty(leaf) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
-    def _raise_if_disk_full(self, step: int, error: Exception) -> None:
-        cause: BaseException | None = error
-        while cause is not None:
-            if getattr(cause, "errno", None) in _DISK_FULL or any(words in str(cause) for words in _DISK_FULL_WORDS):
-                good = [s for s in self.steps() if s != step]
-                last = f"step {good[-1]} is the last good one" if good else "no step is saved yet"
-                raise UserError(f"disk full while saving step {step}; {last}") from error
-            cause = cause.__cause__ or cause.__context__
+    def _raise_if_refused(self, step: int, error: Exception) -> None:
+        why = refusal(error)
+        if why:
+            good = [s for s in self.steps() if s != step]
+            last = f"step {good[-1]} is the last good one" if good else "no step is saved yet"
+            raise UserError(f"{why} while saving step {step}; {last}") from error
 
     def _checkpointer(self) -> Any:
         if self._orbax is None:

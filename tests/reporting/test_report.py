@@ -69,6 +69,14 @@ def test_hostile_text_is_shown_and_not_run(make_sweep):
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
+def test_what_went_wrong_on_the_way_is_told(make_sweep):
+    sweep = make_sweep(DEFAULT, {})
+    assert "What went wrong" not in build_report(sweep.path).read_text()
+    sweep.runs[0].update(incidents=["attempt 1: killed by SIGKILL"])
+    page = build_report(sweep.path).read_text()
+    assert f"<li>{sweep.runs[0].run_id}: attempt 1: killed by SIGKILL</li>" in page
+
+
 def test_time_outside_of_train_and_eval_is_told(make_sweep):
     """4 + 1 + 3.5 + 0.5 of 105 seconds."""
     page = build_report(make_sweep(DEFAULT, {3: [1.5, 1.6, 1.7]}).path).read_text()

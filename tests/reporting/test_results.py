@@ -48,7 +48,7 @@ def test_a_corrupt_line_is_named_and_the_rest_is_read(make_sweep):
     (sweep.runs[1].path / "status.json").write_text("{")
     found = results.read(sweep.path)
     assert len(found.problems) == 2
-    assert "metrics.jsonl: line 1" in found.problems[0] and "status.json is corrupt" in found.problems[1]
+    assert "metrics.jsonl: line 1" in found.problems[0] and "status.json is damaged" in found.problems[1]
     assert len(found.rows()) == 3
 
 
@@ -71,4 +71,11 @@ def test_cells_are_found_by_what_they_change(make_sweep):
 
 def test_no_sweep_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="holds no sweep"):
+        results.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"cells": [', "{}"])
+def test_a_damaged_sweep_json_is_told_in_one_line(tmp_path, text):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError, match=r"^\S*sweep.json is damaged; run the sweep again, which writes it anew$"):
         results.read(tmp_path)

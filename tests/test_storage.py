@@ -1,0 +1,45 @@
+"""Refusals of a file system are told from other errors, and in a user's words."""
+
+import errno
+import os
+
+import pytest
+
+from mha_jax.storage import refusal, told
+
+
+def chained(cause):
+    try:
+        raise RuntimeError("saving failed") from cause
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "disk full"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "disk quota used up"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only file system"),
+        (PermissionError(errno.EACCES, "no"), "permission denied"),
+        (ValueError("RESOURCE_EXHAUSTED: write: No space left on device [os_error_code='28']"), "disk full"),
+        (chained(OSError(errno.ENOSPC, "full")), "disk full"),
+        (FileNotFoundError(errno.ENOENT, "none"), None),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), None),
+    ],
+)
+def test_a_refusal_is_named(error, words):
+    assert refusal(error) == words
+
+
+def test_a_real_full_device_is_told_in_one_line():
+    with pytest.raises(OSError) as caught, open("/dev/full", "w") as file:
+        file.write("x")
+    assert told(caught.value) == "disk full; mend that or give another place, and run again: what is saved is kept"
+
+
+def test_the_path_is_told_where_it_is_known(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "file" / "runs").mkdir()
+    assert told(caught.value).startswith(f"a file lies where a directory is wanted: {tmp_path}/file/runs; mend that")
