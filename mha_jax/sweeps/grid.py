@@ -31,16 +31,23 @@ class Study:
     claims: list[dict[str, Any]]
     docstring: str
     cuts: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # what its paper says about cutting heads
+    tuning: Mapping[str, Any] | None = None  # what each cell may choose for itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of a sweep. `reason` says why it cannot be run; None where it can."""
+    """One run of a sweep. `reason` says why it cannot be run; None where it can.
+
+    `overrides` are the grid's own. `tuned` are fields that were chosen for the cell on top of them, and `untuned` is
+    the run's id without those; None where nothing was tuned.
+    """
 
     run_id: str
     overrides: dict[str, Any]
     config: ConfigDict
     reason: str | None
+    tuned: dict[str, Any] = dataclasses.field(default_factory=dict)
+    untuned: str | None = None
 
     @property
     def run(self) -> RunSpec:
@@ -76,6 +83,7 @@ def load(config_argument: str, overrides: Mapping[str, Any] | None = None) -> St
         claims=[dict(claim) for claim in _of_profile(path, module, "claims", profile) or ()],
         cuts=[dict(claim) for claim in _of_profile(path, module, "cuts", profile) or ()],
         docstring=inspect.cleandoc(module.__doc__ or ""),
+        tuning=_of_profile(path, module, "tuning", profile),
     )
 
 
@@ -98,11 +106,24 @@ def cells(study: Study, num_devices: int | None = None) -> list[Cell]:
     return list(made.values())
 
 
+def varied(
+    cell: Cell, values: Mapping[str, Any], seeds: tuple[int, ...] | None = None, num_devices: int | None = None
+) -> Cell:
+    """The cell with values tuned, and with other seeds where they are given; legal or not by itself."""
+    config = configs.override(cell.config, {**values, **({} if seeds is None else {"seeds": seeds})})
+    run_id = configs.run_id(config, {**cell.overrides, **values})
+    return Cell(run_id, cell.overrides, config, _reason(config, num_devices), dict(values), cell.run_id)
+
+
 def base_run_id(study: Study, made: list[Cell]) -> str:
-    """The row that others are compared with: the cell that is the base config itself, or else the first legal cell."""
+    """The row that others are compared with: the cell that is the base config itself, or else the first legal cell.
+
+    Tuning does not change which it is, even where it found no values for it.
+    """
     base = configs.config_hash(study.config)
-    legal = [cell for cell in made if cell.reason is None]
-    return next((cell.run_id for cell in legal if configs.config_hash(cell.config) == base), legal[0].run_id)
+    legal = [cell for cell in made if cell.reason is None or cell.untuned]
+    found = (cell.run_id for cell in legal if (cell.untuned or cell.run_id).endswith(base))
+    return next(found, legal[0].run_id)
 
 
 def _execute(file: Path) -> ModuleType:
@@ -133,7 +154,7 @@ def _call(path: str, function: Callable[..., Any], profile: str) -> Any:
 
 
 def _of_profile(path: str, module: ModuleType, name: str, profile: str) -> Any:
-    """PAPER or CLAIMS of a config file, or what its get_paper() or get_claims() gives for the profile."""
+    """PAPER, CLAIMS or TUNING of a config file, or what its get_paper() and the like gives for the profile."""
     function = getattr(module, f"get_{name}", None)
     return getattr(module, name.upper(), None) if function is None else _call(path, function, profile)
 
