@@ -199,8 +199,11 @@ class SweepDirectory:
 
     @property
     def runs(self) -> list[RunDirectory]:
-        """The directories of the legal cells, in the order of the grid."""
-        return [RunDirectory(self.run_path(c["run"])) for c in self.facts["cells"] if c["reason"] is None]
+        """The directories of the legal cells, in the order of the grid; none of a cell that is yet to be tuned."""
+        facts = self.facts
+        pending = facts.get("tuning") is not None
+        ready = [c for c in facts["cells"] if c["reason"] is None and not (pending and "untuned" not in c)]
+        return [RunDirectory(self.run_path(cell["run"])) for cell in ready]
 
 
 def _cell(cell: grid.Cell) -> dict[str, Any]:
