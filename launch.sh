@@ -11,46 +11,15 @@ usage() {
 usage: ./launch.sh                   trains the default study into runs/default, prints its table, names its report
        ./launch.sh test [ARGS]       runs the test suite; ARGS go to pytest
        ./launch.sh sweep ARGS        runs a sweep here; ARGS go to experiments.sweep
+       ./launch.sh ray ARGS          the same with its cells on a Ray cluster
+       ./launch.sh slurm OPTIONS -- ARGS   the same as an array job of Slurm; --help tells the options
+       ./launch.sh tpu OPTIONS -- ARGS     the same on a TPU VM; --help tells the options
        ./launch.sh bench WHAT ARGS   times what the library does, beside PyTorch; see experiments.bench
 TEXT
 }
 
-# Asks each interpreter instead of looking for its name: a version manager's shim can exist and not run.
-find_python() {
-  local name
-  for name in python3 python3.12 python3.11 python3.13; do
-    if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
-      echo "$name"
-      return
-    fi
-  done
-  echo "error: no Python 3.11, 3.12 or 3.13 on the path; install one and start again" >&2
-  return 2
-}
-
-make_venv() {
-  local python
-  python=$(find_python)
-  echo "making .venv with $("$python" --version)" >&2
-  "$python" -m venv --clear .venv >/dev/null || {
-    echo "error: $python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
-    return 2
-  }
-}
-
-# install FILE...: .venv keeps a copy of every requirements file that is in, so that the next start skips it.
-install() {
-  local file missing=()
-  for file in "$@"; do
-    cmp -s "$file" ".venv/$file" || missing+=(-r "$file")
-  done
-  if [ ${#missing[@]} -gt 0 ]; then
-    .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
-    echo "installing $* into .venv (about a minute the first time)" >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${missing[@]}"
-    cp "$@" .venv/
-  fi
-}
+# shellcheck source=experiments/launch/environment.sh
+. experiments/launch/environment.sh
 
 case "${1-}" in
   "")
@@ -69,9 +38,12 @@ case "${1-}" in
     install requirements.txt requirements-bench.txt
     exec .venv/bin/python -m experiments.bench "${@:2}"
     ;;
-  tpu)
-    echo "error: ./launch.sh tpu is not written yet; on a TPU VM install jax[tpu] (see README.md) and use ./launch.sh sweep" >&2
-    exit 2
+  ray)
+    install requirements.txt requirements-ray.txt
+    exec .venv/bin/python -m experiments.sweep --executor=ray "${@:2}"
+    ;;
+  slurm | tpu)
+    exec "experiments/launch/$1.sh" "${@:2}"
     ;;
   -h | --help | help)
     usage

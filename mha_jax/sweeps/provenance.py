@@ -1,6 +1,7 @@
 """What a result rests on beside its config: versions, commit, machine."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -30,8 +31,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of this code, with "-dirty" where files differ from it; None outside of a checkout."""
+    """The git commit of this code, with "-dirty" where files differ from it.
+
+    Outside of a checkout, as in a copy on another machine: what MHA_JAX_COMMIT in the environment says, or None.
+    """
     root = Path(__file__).parents[2]
+    told = os.environ.get("MHA_JAX_COMMIT") or None
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -39,8 +44,8 @@ def commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return None  # installed inside of somebody else's repository
+            return told  # installed inside of somebody else's repository
         dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
         return git("rev-parse", "HEAD") + dirty
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return told
