@@ -3,6 +3,8 @@
 Run again, it skips what is done and goes on with the rest. `--dry_run` prints what each cell would cost.
 """
 
+from collections.abc import Sequence
+
 from absl import flags
 from etils import epath
 
@@ -12,7 +14,9 @@ from mha_jax.sweeps import grid, preparation, provenance
 from mha_jax.sweeps.cell import Exit
 from mha_jax.sweeps.executors import local
 from mha_jax.sweeps.mending import mend_sweep
-from mha_jax.sweeps.store import SweepDirectory
+from mha_jax.sweeps.search import budget, outcomes, search
+from mha_jax.sweeps.store import RunDirectory, SweepDirectory
+from mha_jax.sweeps.tuning import Tuning, parse_tuning
 
 
 def main(argv: list[str]) -> int:
@@ -28,8 +32,9 @@ def main(argv: list[str]) -> int:
     study = cli.study(values)
     devices = preparation.devices()
     cells = grid.cells(study, devices["count"])
+    tuning = parse_tuning(study, cells)
     if values.dry_run:
-        return _dry_run(cells)
+        return _dry_run(cells, tuning)
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the sweep's files go to")
     for line in mend_sweep(values.workdir, cells):
@@ -40,18 +45,31 @@ def main(argv: list[str]) -> int:
         if cell.reason:
             print(f"left out: {cell.run_id}: {cell.reason}")
     preparation.prepare_data(cells, sweep.path)
-    code = local.run(sweep.runs, workers=values.workers or local.default_workers(devices["platform"], len(sweep.runs)))
+
+    def train(runs: Sequence[RunDirectory]) -> Exit:
+        return local.run(runs, workers=values.workers or local.default_workers(devices["platform"], len(runs)))
+
+    tuned = Exit.DONE
+    if tuning is not None:
+        cells, tuned = search(tuning, cells, sweep.path, train, devices["count"])
+        if tuned != Exit.STOPPED:
+            print("\n".join(f"tuned: {line}" for line in outcomes(cells)))
+            mend_sweep(values.workdir, cells)
+            sweep = SweepDirectory.create(values.workdir, study, cells, facts)
+    code = tuned if tuned == Exit.STOPPED else train(sweep.runs)
     if code == Exit.STOPPED:
         print("stopped, state saved; run again to go on")
         return code
-    return _report(sweep, code)
+    return _report(sweep, code or tuned)
 
 
-def _dry_run(cells: list[grid.Cell]) -> int:
+def _dry_run(cells: list[grid.Cell], tuning: Tuning | None) -> int:
     from mha_jax.sweeps import preview  # the models and JAX itself are needed here only
     from mha_jax.training.step import predicted_peak_bytes
 
     print(preview.table(cells, predicted_peak_bytes))
+    if tuning is not None:
+        print(budget(tuning, cells))
     return Exit.DONE
 
 

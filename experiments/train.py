@@ -44,7 +44,7 @@ def _prepare(values: flags.FlagValues) -> RunDirectory:
         raise UserError("--workdir is missing: the directory that the run's files go to")
     study = cli.study(values)
     overrides = config_flags.get_override_values(values["config"])
-    study = dataclasses.replace(study, sweep=[overrides])
+    study = dataclasses.replace(study, sweep=[overrides], tuning=None)  # one run trains with what its config says
     made = grid.cells(study)
     facts = {"versions": provenance.versions(), "commit": provenance.commit()}
     return SweepDirectory.create(values.workdir, study, made, facts).runs[0]

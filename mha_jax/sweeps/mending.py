@@ -12,6 +12,7 @@ from etils import epath
 from mha_jax.specs import UserError
 from mha_jax.sweeps.grid import Cell
 from mha_jax.sweeps.store import Busy, RunDirectory, SweepDirectory, read_json, write_json
+from mha_jax.sweeps.trials import tuned_cells
 from mha_jax.training import manifests
 from mha_jax.training.metrics import read_metrics
 
@@ -29,18 +30,25 @@ def mend_sweep(path: epath.PathLike, cells: Sequence[Cell]) -> list[str]:
     found = []
     if damage := _damage(sweep.path / "sweep.json"):
         trained = [file.parent.name for file in (sweep.path / "runs").glob("*/metrics.jsonl")]
-        if trained and not set(trained) & set(legal):
+        if trained and not {*trained, *tuned_cells(path)} & set(legal):
             raise UserError(f"{damage}, and none of this sweep's cells was trained there, but {trained[0]} was")
         (sweep.path / "sweep.json").unlink()
         found.append(f"{damage}: written anew")
     for directory in map(RunDirectory, map(sweep.run_path, legal)):
-        if not directory.path.exists():
-            continue
-        with contextlib.suppress(Busy), directory.lock():
-            if damage := _damage(directory.path / "config.json"):
-                (directory.path / "config.json").unlink()  # its name ends with the hash of the cell's own config
-                found.append(f"{damage}: written anew")
-            found += mend_run(directory)
+        found += mend_directory(directory)
+    return found
+
+
+def mend_directory(directory: RunDirectory) -> list[str]:
+    """Mends the files of one run, its config.json included, where it is there and nobody trains it."""
+    found: list[str] = []
+    if not directory.path.exists():
+        return found
+    with contextlib.suppress(Busy), directory.lock():
+        if damage := _damage(directory.path / "config.json"):
+            (directory.path / "config.json").unlink()  # its name ends with the hash of the cell's own config
+            found.append(f"{damage}: written anew")
+        found += mend_run(directory)
     return found
 
 

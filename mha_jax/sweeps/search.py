@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
+from tqdm import tqdm
 
 from mha_jax import config as configs
 from mha_jax.sweeps.cell import Exit, data_dir
 from mha_jax.sweeps.grid import Cell, varied
+from mha_jax.sweeps.mending import mend_directory
 from mha_jax.sweeps.store import RunDirectory
 from mha_jax.sweeps.trials import Trial, read_trial, trial_path, write_trials
 from mha_jax.sweeps.tuning import Range, Tuning
@@ -37,7 +39,9 @@ def search(
     while wave := _next(tuning, cells, told, num_devices):
         asked += wave
         write_trials(workdir, tuning, asked)
-        open_runs = [_directory(workdir, trial) for trial in wave if not _read(workdir, tuning, trial).settled]
+        directories = [_directory(workdir, trial) for trial in wave if trial.reason is None]
+        unsettled = {trial.run_id for trial in wave if not _read(workdir, tuning, trial).settled}
+        open_runs = [directory for directory in directories if directory.run_id in unsettled]
         ended = train(open_runs) if open_runs else Exit.DONE
         if ended == Exit.STOPPED:
             return list(cells), ended
@@ -47,6 +51,25 @@ def search(
     chosen = [cell if cell.reason else _with_best(tuning, cell, told[cell.run_id], num_devices) for cell in cells]
     left_out = any(cell.untuned and cell.reason for cell in chosen)
     return chosen, (code if code != Exit.DONE else Exit.FAILED) if left_out else Exit.DONE
+
+
+def budget(tuning: Tuning, cells: Sequence[Cell]) -> str:
+    """One line on what the search will cost, before the cells themselves."""
+    runs = [cell.run for cell in cells if cell.reason is None]
+    steps = sum(run.training.steps for run in runs) * tuning.trials * len(tuning.seeds)
+    return (
+        f"before them, tuning {', '.join(tuning.fields)}: {len(runs)} cells × {tuning.trials} trials × "
+        f"{len(tuning.seeds)} seed{'s' * (len(tuning.seeds) > 1)}, {steps:,} steps over all seeds"
+    )
+
+
+def outcomes(cells: Sequence[Cell]) -> list[str]:
+    """One line a tuned cell: its id and what it chose, or why it is left out."""
+    return [
+        f"{cell.untuned}: {cell.reason or ', '.join(f'{field}={value}' for field, value in cell.tuned.items())}"
+        for cell in cells
+        if cell.untuned
+    ]
 
 
 def best(tuning: Tuning, trials: Sequence[Trial]) -> Trial | None:
@@ -75,11 +98,12 @@ def _next(tuning: Tuning, cells: Sequence[Cell], told: dict[str, list[Trial]], n
 
 
 def _directory(workdir: epath.PathLike, trial: Cell) -> RunDirectory:
-    """Trials read the data that was prepared for the sweep; where it lies does not count in their hash."""
+    """Made, or mended. Trials read the data prepared for the sweep; where it lies does not count in their hash."""
     place = os.fspath(data_dir(trial.run, epath.Path(workdir)))
-    return RunDirectory.create(
-        trial_path(workdir, trial.run_id), configs.override(trial.config, {"data.data_dir": place})
-    )
+    path = trial_path(workdir, trial.run_id)
+    for line in mend_directory(RunDirectory(path)):
+        tqdm.write(f"warning: {line}")
+    return RunDirectory.create(path, configs.override(trial.config, {"data.data_dir": place}))
 
 
 def _read(workdir: epath.PathLike, tuning: Tuning, trial: Cell) -> Trial:

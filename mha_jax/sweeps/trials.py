@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from mha_jax.config import plain
+from mha_jax.specs import UserError
 from mha_jax.sweeps.grid import Cell
 from mha_jax.sweeps.store import RunDirectory, read_json, write_json
 from mha_jax.sweeps.tuning import Tuning
@@ -60,6 +61,14 @@ def read_tuning(workdir: epath.PathLike) -> dict[str, Any] | None:
     Raises: UserError where the file is damaged.
     """
     return read_json(_file(workdir))["tuning"] if _file(workdir).exists() else None
+
+
+def tuned_cells(workdir: epath.PathLike) -> set[str]:
+    """The ids, before tuning, of the cells that have trials; none where trials.json is damaged."""
+    try:
+        return {trial["cell"] for trial in read_json(_file(workdir))["trials"]} if _file(workdir).exists() else set()
+    except UserError:
+        return set()
 
 
 def read_trials(workdir: epath.PathLike) -> list[Trial]:

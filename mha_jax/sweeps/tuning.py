@@ -57,7 +57,7 @@ class Tuning:
         return [{**first, field: value} for field, values in ends.items() for value in values]
 
 
-def parse(study: grid.Study, cells: Sequence[grid.Cell]) -> Tuning | None:
+def parse_tuning(study: grid.Study, cells: Sequence[grid.Cell]) -> Tuning | None:
     """The study's TUNING with its defaults filled in; None where it has none.
 
     `{"fields": {"optimizer.learning_rate": (5e-4, 1e-3, 2e-3)}}` tries every combination of the values. With
