@@ -33,6 +33,8 @@ _SECTIONS = {
 }
 # Where a run's files lie and how it is spread over devices do not change its result.
 _NOT_IN_HASH = ("data.data_dir", "parallel", "mesh.seed", "mesh.data", "mesh.head")
+# Fields younger than runs that are kept: at their defaults they are not in the hash, so that those runs keep their ids.
+_LATER = {f"model.{name}": getattr(ModelSpec, name) for name in ("embedding_norm", "token_types", "pooling")}
 
 Spec = TypeVar("Spec")
 
@@ -127,7 +129,7 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 def _deciding(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """The fields that decide a run's result: of a parent its name, which ends with the hash of its own config."""
-    flat = {k: v for k, v in flatten(config).items() if k not in _NOT_IN_HASH}
+    flat = {k: v for k, v in flatten(config).items() if k not in _NOT_IN_HASH and (k not in _LATER or v != _LATER[k])}
     parent = flat.get("training.start_from")
     return flat | ({"training.start_from": parent.rstrip("/").rsplit("/", 1)[-1]} if parent else {})
 

@@ -14,6 +14,7 @@ from mha_jax.training.step import abstract_batches
 _MODEL = {"num_layers": 2, "d_model": 12, "num_heads": 4, "qk_dim": 2, "v_dim": 5, "d_ff": 14, "max_length": 16}
 _TASKS: dict[str, dict[str, Any]] = {
     "lm": {"data.source": "text", "data.files.train": "unused.txt"},
+    "masked_lm": {"data.source": "text", "data.files.train": "unused.txt"},
     "translation": {
         "data.source": "parallel",
         "data.files.train": ("unused.en", "unused.de"),

@@ -29,7 +29,7 @@ def _padded(tokens: Tokens, rows: np.ndarray, length: int) -> tuple[np.ndarray, 
 
 
 class LMBatches:
-    """A split is one stream, BOS and then every text; row i predicts its tokens i * T to (i + 1) * T.
+    """A split is one stream, the start token and then every text; row i predicts its tokens i * T to (i + 1) * T.
 
     In training the tokens behind the last whole window are left out; evaluation pads them. Segments, where asked for,
     number the texts of a window: a text begins with the end token before it and sees nothing further back.
@@ -39,7 +39,8 @@ class LMBatches:
 
     def __init__(self, tokens: TokenSet, splits: tuple[str, ...], spec: DataSpec):
         self._streams = {split: tokens.tokens(split, "text").flat for split in splits}
-        self._length, self._segments, self._end = spec.length, spec.segments, tokens.tokenizer.end
+        self._length, self._segments = spec.length, spec.segments
+        self._start, self._end = tokens.tokenizer.start, tokens.tokenizer.end
 
     def lengths(self, split: str) -> np.ndarray:
         size = len(self._streams[split])
@@ -52,12 +53,43 @@ class LMBatches:
         real = places < len(stream)
         targets = np.where(real, stream[np.minimum(places, len(stream) - 1)], PAD).astype(np.int32)
         inputs = np.where(real, stream[np.clip(places - 1, 0, len(stream) - 1)], PAD).astype(np.int32)
-        inputs[places == 0] = BOS
+        inputs[places == 0] = self._start
         weights = (real & (rows >= 0)[:, None]).astype(np.float32)
         batch = {"inputs": inputs, "targets": targets, "weights": weights, "row": _row(rows)}
         if self._segments:
             batch["segments"] = np.cumsum(inputs == self._end, axis=1, dtype=np.int32)
         return batch
+
+
+class MaskedBatches:
+    """A split is one stream, every text after the other; row i is a start, its tokens i * (T - 2) and on, and an end.
+
+    Nothing is hidden yet: `masking` does that. In training the tokens behind the last whole window are left out; in
+    evaluation the last row is shorter.
+    """
+
+    drops_long = True
+
+    def __init__(self, tokens: TokenSet, splits: tuple[str, ...], spec: DataSpec):
+        self._streams = {split: tokens.tokens(split, "text").flat for split in splits}
+        self._length, self._start, self._end = spec.length, tokens.tokenizer.start, tokens.tokenizer.end
+
+    def lengths(self, split: str) -> np.ndarray:
+        size, inside = len(self._streams[split]), self._length - 2
+        return np.full(size // inside if split == "train" else -(-size // inside), self._length)
+
+    def batch(self, split: str, rows: np.ndarray, length: int) -> Batch:
+        stream, columns = self._streams[split], np.arange(length)
+        first = np.maximum(rows, 0) * (length - 2)
+        lengths = np.minimum(len(stream) - first, length - 2) + 2
+        places = np.minimum(first[:, None] + np.maximum(columns - 1, 0), len(stream) - 1)
+        inside = (columns > 0) & (columns < lengths[:, None] - 1)
+        ids = np.where(inside, stream[places], PAD).astype(np.int32)
+        ids[:, 0] = self._start
+        ids[np.arange(len(rows)), lengths - 1] = self._end
+        weights = (inside & (rows >= 0)[:, None]).astype(np.float32)
+        lengths = lengths.astype(np.int32)
+        return {"inputs": ids, "targets": ids, "lengths": lengths, "weights": weights, "row": _row(rows)}
 
 
 class TranslationBatches:
@@ -113,4 +145,4 @@ def _row(rows: np.ndarray) -> np.ndarray:
     return np.arange(len(rows), dtype=np.int32)
 
 
-Batches = LMBatches | TranslationBatches | ClassificationBatches
+Batches = LMBatches | MaskedBatches | TranslationBatches | ClassificationBatches

@@ -29,7 +29,8 @@ class PieceTokenizer:
     """
 
     name = "llama2c"
-    end = BOS
+    start, end, mask = BOS, BOS, None
+    specials = frozenset(range(_FIRST_BYTE))
 
     def __init__(self, path: epath.Path, vocab_size: int):
         self.path, self.vocab_size = path, vocab_size

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from mha_jax.data.batches import Batch, Batches, ClassificationBatches, LMBatches, TranslationBatches
+from mha_jax.data.batches import Batch, Batches, ClassificationBatches, LMBatches, MaskedBatches, TranslationBatches
+from mha_jax.data.masking import Masking
 from mha_jax.data.schedule import Schedule
 from mha_jax.data.tokenised import TokenSet, open_tokens
 from mha_jax.data.tokenizers import Tokenizer
@@ -20,9 +21,13 @@ from mha_jax.specs import DataSpec, UserError
 _ROWS_MULTIPLE = 8  # so that batches counted in tokens divide over the devices of one host
 _SOURCES = {
     "lm": ("embedded", "text", "tfds"),
+    "masked_lm": ("embedded", "text", "tfds"),
     "translation": ("parallel", "tfds"),
     "classification": ("tfds",),
 }
+
+
+_STREAMS = ("lm", "masked_lm")  # tasks whose rows are cut out of one stream of texts
 
 
 def _buckets(spec: DataSpec, task: str) -> list[tuple[int, int]]:
@@ -36,8 +41,12 @@ def _buckets(spec: DataSpec, task: str) -> list[tuple[int, int]]:
         raise UserError(
             f"data.languages={spec.languages} is for data.source='tfds'; data.files names source, then target"
         )
-    if task == "lm" and spec.buckets:
-        raise UserError(f"data.buckets={spec.buckets} is of no use with task='lm', whose rows are all data.length long")
+    if task in _STREAMS and spec.buckets:
+        raise UserError(
+            f"data.buckets={spec.buckets} is of no use with task={task!r}, whose rows are all data.length long"
+        )
+    if task != "lm" and spec.segments:
+        raise UserError(f"data.segments=True is for task='lm', not {task!r}")
     lengths = spec.buckets or (spec.length,)
     if spec.batch_tokens is None:
         return [(length, spec.batch_size) for length in lengths]
@@ -58,6 +67,8 @@ def batch_shapes(spec: DataSpec, task: str) -> list[dict[str, jax.ShapeDtypeStru
         grid, column = ints(rows, length), ints(rows)
         weights = jax.ShapeDtypeStruct((rows,) if task == "classification" else (rows, length), np.float32)
         shared = {"weights": weights, "row": column}
+        if task == "masked_lm":
+            return {"inputs": grid, "targets": grid, "lengths": column, **shared}
         if task == "lm":
             segments = {"segments": grid} if spec.segments else {}
             return {"inputs": grid, "targets": grid, **segments, **shared}
@@ -84,9 +95,10 @@ class Data:
         self._tokens = tokens
         self._buckets = _buckets(spec, task)
         self._batches = _batches(task, tokens, present, spec)
+        self._masking = Masking(tokens.tokenizer) if task == "masked_lm" else None
         self._train_rows = self._rows_by_bucket("train", drop=self._batches.drops_long)
         if not any(map(len, self._train_rows)):
-            what = "the training text is shorter than" if task == "lm" else "every training pair is longer than"
+            what = "the training text is shorter than" if task in _STREAMS else "every training pair is longer than"
             raise UserError(f"{what} data.length={spec.length} tokens")
         self._schedule = Schedule(self._train_rows, [rows for _, rows in self._buckets])
         for split in present:
@@ -104,7 +116,11 @@ class Data:
     def train_batch(self, seed: int, step: int) -> Batch:
         """The batch that the seed takes at a step (from 0). Its shape depends on the step alone."""
         bucket, rows = self._schedule.at(seed, step)
-        return self._batches.batch("train", rows, self._buckets[bucket][0])
+        return self._batch("train", rows, self._buckets[bucket][0], (seed, step))
+
+    def _batch(self, split: str, rows: np.ndarray, length: int, seed_step: tuple[int, int] | None) -> Batch:
+        batch = self._batches.batch(split, rows, length)
+        return batch if self._masking is None else self._masking.hide(batch, rows, seed_step)
 
     def train_stream(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """`train_batch` of all seeds stacked [R, B, ...], from step `start` on, made ahead in a thread by grain."""
@@ -125,7 +141,7 @@ class Data:
         for (length, size), rows in zip(self._buckets, self._rows_by_bucket(split), strict=True):
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
-                yield self._batches.batch(split, np.pad(part, (0, size - len(part)), constant_values=-1), length)
+                yield self._batch(split, np.pad(part, (0, size - len(part)), constant_values=-1), length, None)
 
     def num_bytes(self, split: str) -> int:
         """UTF-8 bytes of the text that is predicted in a split: what bits per byte are divided by."""
@@ -137,8 +153,8 @@ class Data:
 
 
 def _batches(task: str, tokens: TokenSet, splits: tuple[str, ...], spec: DataSpec) -> Batches:
-    if task == "lm":
-        return LMBatches(tokens, splits, spec)
+    if task in _STREAMS:
+        return (LMBatches if task == "lm" else MaskedBatches)(tokens, splits, spec)
     return TranslationBatches(tokens, splits) if task == "translation" else ClassificationBatches(tokens, splits)
 
 

@@ -123,14 +123,14 @@ def _decoder(builder: Any, spec: DataSpec, task: str) -> Decode:
     texts = [given] if given in texts else texts
     labels = {name: feature for name, feature in named.items() if isinstance(feature, tfds.features.ClassLabel)}
     if isinstance(features, tfds.features.Translation) or not texts or (task == "classification" and len(labels) != 1):
-        wanted = "texts" if task == "lm" else "texts and one class label"
+        wanted = "texts" if task in ("lm", "masked_lm") else "texts and one class label"
         own = ", ".join(named)
         raise UserError(f"data.tfds_name={spec.tfds_name!r} does not fit task={task!r}: it has {own}, not {wanted}")
 
     def text(record: dict[str, Any]) -> str:
         return "\n".join(record[name].decode(errors="replace") for name in texts)
 
-    if task == "lm":
+    if task in ("lm", "masked_lm"):
         return lambda record: Example((text(record),))
     ((label, classes),) = labels.items()
     if classes.num_classes != spec.num_classes:

@@ -23,7 +23,12 @@ from mha_jax.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, trai
 from mha_jax.specs import DataSpec, UserError
 
 _FORMAT = 1  # part of every key: raise it when what is stored changes
-FIELDS = {"lm": ("text",), "translation": ("source", "target"), "classification": ("text",)}
+FIELDS = {
+    "lm": ("text",),
+    "masked_lm": ("text",),
+    "translation": ("source", "target"),
+    "classification": ("text",),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@ The first two begin with the four special tokens of `mha_jax.specs` (PAD 0, BOS 
 first three of them. Text that happens to spell a special token ("<eos>") is ordinary text.
 
 All have `encode(texts)`: the int32 ids of each, special tokens not added; and `decode(ids)`: their text, where special
-tokens say nothing and bytes that are no UTF-8 become U+FFFD. `end` is the token after every text. `path` is the file
-that holds a tokenizer which is more than a rule.
+tokens say nothing and bytes that are no UTF-8 become U+FFFD. `start` begins a stream of texts, `end` follows each text,
+`mask` stands for one that is hidden (None where there is no such token); `specials` are the tokens that are no text.
+`path` is the file that holds a tokenizer which is more than a rule.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from mha_jax.data.pieces import PieceTokenizer
-from mha_jax.specs import BYTE_VOCAB_SIZE, EOS, SPECIAL_TOKENS, UserError
+from mha_jax.specs import BOS, BYTE_VOCAB_SIZE, EOS, MASK, SPECIAL_TOKENS, UserError
 
 _OFFSET = len(SPECIAL_TOKENS)
 
@@ -25,7 +26,8 @@ class ByteTokenizer:
 
     name = "bytes"
     vocab_size = BYTE_VOCAB_SIZE
-    end = EOS
+    start, end, mask = BOS, EOS, MASK
+    specials = frozenset(range(_OFFSET))
     path = None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -39,7 +41,8 @@ class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in Radford et al. 2019): no text is unknown."""
 
     name = "bpe"
-    end = EOS
+    start, end, mask = BOS, EOS, MASK
+    specials = frozenset(range(_OFFSET))
 
     def __init__(self, path: epath.Path):
         from tokenizers import Tokenizer as Backend

@@ -2,7 +2,8 @@
 
 An attention goes by the name of its stack, its layer from 0, and its place in it: "decoder/3/attention",
 "decoder/3/cross_attention", "encoder/0/attention". A batch is what training takes, for one seed: a dict with "inputs"
-(and "segments"), or "source", "source_lengths" and "target_inputs", or "inputs" and "lengths", each with "weights".
+(and "segments"), or "source", "source_lengths" and "target_inputs", or for models that only encode "inputs" and
+"lengths", each with "weights".
 All of this also works under `jax.jit` and `jax.vmap`, and is much the quicker there.
 """
 

@@ -1,5 +1,6 @@
 """One Transformer block, and a stack of them with heads of its own in every layer."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,14 @@ Norm = nnx.LayerNorm | nnx.RMSNorm
 # What blocks read beside x: the rule of self-attention, a memory, and the rule of attention to it.
 Context = tuple[Rule, Float[Array, "B S D"] | None, Rule | None]
 
+# What stands between the products of a feed-forward layer; with "swiglu", what is multiplied there.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "swiglu": jax.nn.silu,
+}
+
 # What a block keeps for its backward pass: products of activations with weights, or nothing but its input.
 _SAVED = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -34,15 +43,34 @@ def param_dtype(spec: ModelSpec) -> DTypeLike:
     return jnp.float64 if spec.dtype == "float64" else jnp.float32
 
 
+def embedding_scale(spec: ModelSpec) -> float:
+    """What embeddings of tokens and of learned positions are multiplied by as they enter."""
+    return spec.d_model**0.5 if spec.scale_embedding else 1.0
+
+
 def fold(keys: Keys, number: int | Int[Array, ""]) -> Keys:
     """Keys for one use of randomness: the same wherever the example is computed, and None for evaluation."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def _norm(spec: ModelSpec, rngs: nnx.Rngs) -> Norm:
+def make_norm(spec: ModelSpec, rngs: nnx.Rngs) -> Norm:
+    """A norm over D, held and computed in the parameters' dtype."""
     kind = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}[spec.normalization]
     dtype, epsilon = param_dtype(spec), spec.norm_epsilon
     return kind(spec.d_model, epsilon=epsilon, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+def linear(spec: ModelSpec, inputs: int, outputs: int, *, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
+    """A Glorot-uniform linear layer that computes in the model's dtype."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=jnp.dtype(spec.dtype),
+        param_dtype=param_dtype(spec),
+        kernel_init=nnx.initializers.glorot_uniform(),
+        rngs=rngs,
+    )
 
 
 def _attention(spec: ModelSpec, shape: HeadShape, *, own: bool, rngs: nnx.Rngs) -> MultiHeadAttention:
@@ -70,30 +98,19 @@ def _attention(spec: ModelSpec, shape: HeadShape, *, own: bool, rngs: nnx.Rngs) 
 class FeedForward(nnx.Module):
     """Two products with something that is not linear between them, F wide inside.
 
-      y[b,t] = down(activation(up(x[b,t])))               for "relu" and "gelu" (Vaswani et al. 2017, eq. 2)
+      y[b,t] = down(activation(up(x[b,t])))               for all but "swiglu" (Vaswani et al. 2017, eq. 2)
       y[b,t] = down(silu(gating(x[b,t])) * up(x[b,t]))    for "swiglu" (Shazeer 2020, eq. 6)
 
     Each product has a bias with `use_ff_bias`.
     """
 
     def __init__(self, spec: ModelSpec, d_ff: int, *, rngs: nnx.Rngs) -> None:
-        activations = {"relu": jax.nn.relu, "gelu": nnx.gelu, "swiglu": jax.nn.silu}
-        self.activation: Callable[[Array], Array] = activations[spec.activation]
-
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(
-                inputs,
-                outputs,
-                use_bias=spec.use_ff_bias,
-                dtype=jnp.dtype(spec.dtype),
-                param_dtype=param_dtype(spec),
-                kernel_init=nnx.initializers.glorot_uniform(),
-                rngs=rngs,
-            )
-
-        self.up = linear(spec.d_model, d_ff)
-        self.down = linear(d_ff, spec.d_model)
-        self.gating = linear(spec.d_model, d_ff) if spec.activation == "swiglu" else None
+        self.activation = ACTIVATIONS[spec.activation]
+        biased = spec.use_ff_bias
+        self.up = linear(spec, spec.d_model, d_ff, use_bias=biased, rngs=rngs)
+        self.down = linear(spec, d_ff, spec.d_model, use_bias=biased, rngs=rngs)
+        gated = spec.activation == "swiglu"
+        self.gating = linear(spec, spec.d_model, d_ff, use_bias=biased, rngs=rngs) if gated else None
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         # Rows of one matrix: with more axes, XLA on CPU takes half as long again for the gradients.
@@ -117,12 +134,12 @@ class Block(nnx.Module):
     def __init__(self, spec: ModelSpec, own: HeadShape, cross: HeadShape | None, d_ff: int, *, rngs: nnx.Rngs) -> None:
         self.norm, self.dropout_rate = spec.norm, spec.dropout_rate
         self.attention = _attention(spec, own, own=True, rngs=rngs)
-        self.attention_norm = _norm(spec, rngs)
+        self.attention_norm = make_norm(spec, rngs)
         if cross is not None:
             self.cross_attention = _attention(spec, cross, own=False, rngs=rngs)
-            self.cross_attention_norm = _norm(spec, rngs)
+            self.cross_attention_norm = make_norm(spec, rngs)
         self.feed_forward = FeedForward(spec, d_ff, rngs=rngs)
-        self.feed_forward_norm = _norm(spec, rngs)
+        self.feed_forward_norm = make_norm(spec, rngs)
 
     def before(self, x_BTD: Float[Array, "B T D"], norm: Norm) -> Float[Array, "B T D"]:
         """What the sublayer reads."""
@@ -221,7 +238,7 @@ def _run_equal(
 
 
 class Stack(nnx.Module):
-    """L blocks over embedded tokens: positions and dropout first, and with pre-norm a norm last.
+    """L blocks over embedded tokens: positions, a norm with `embedding_norm`, dropout; and with pre-norm a norm last.
 
     With layers="scan" neighbours of one structure (same heads, same widths) run as one `lax.scan`. Each layer still
     holds its own parameters, stacked only while the step runs: a checkpoint does not tell how its layers were run.
@@ -233,19 +250,27 @@ class Stack(nnx.Module):
         self.dropout_rate, self.dtype = spec.dropout_rate, jnp.dtype(spec.dtype)
         self.layers, self.remat = spec.layers, spec.remat
         self.positions = Positions(
-            spec.positions, spec.max_length, spec.d_model, param_dtype=param_dtype(spec), rngs=rngs
+            spec.positions,
+            spec.max_length,
+            spec.d_model,
+            embedding_scale(spec),
+            param_dtype=param_dtype(spec),
+            rngs=rngs,
         )
         crosses = spec.heads("cross") if cross else (None,) * spec.num_layers
         self.blocks = nnx.List(
             [Block(spec, own, other, d_ff, rngs=rngs) for own, other in zip(spec.heads(kind), crosses, strict=True)]
         )
-        self.final_norm = _norm(spec, rngs) if spec.norm == "pre" else None
+        self.final_norm = make_norm(spec, rngs) if spec.norm == "pre" else None
+        self.embedding_norm = make_norm(spec, rngs) if spec.embedding_norm else None
 
     def enter(
         self, x_BTD: Float[Array, "B T D"], positions_T: Int[Array, " T"], keys: Keys = None
     ) -> Float[Array, "B T D"]:
         """Embedded tokens as the first block reads them."""
         x_BTD = self.positions(x_BTD, positions_T)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD).astype(x_BTD.dtype)
         return x_BTD if keys is None else dropout(x_BTD, keys, self.dropout_rate)
 
     def leave(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -92,13 +92,17 @@ def parameters(run: RunSpec) -> int:
     attentions = len(ATTENTION_KINDS[run.task]) * model.num_layers
     width = matched_d_ff(run)
     total = run.data.tokens * d_model
+    total += model.token_types * d_model
     total += stacks * model.max_length * d_model if model.positions == "learned" else 0
     total += _all_attention(run, model, "params")
     total += blocks * (width * _feed_forward_unit(model, "params") + (d_model if model.use_ff_bias else 0))
-    norms = attentions + blocks + (stacks if model.norm == "pre" else 0)
+    norms = attentions + blocks + stacks * ((model.norm == "pre") + model.embedding_norm) + (run.task == "masked_lm")
     total += norms * d_model * (2 if model.normalization == "layer" else 1)
     total += run.gated_heads if run.gates.kind != "none" else 0
+    if run.task == "masked_lm":
+        total += (d_model + 1) * d_model + run.data.tokens
     if run.task == "classification":
+        total += (d_model + 1) * (d_model if model.pooling == "first" else 0)
         total += (d_model + 1) * (run.data.num_classes or 0)
     return total
 
@@ -106,11 +110,13 @@ def parameters(run: RunSpec) -> int:
 def flops_per_token(run: RunSpec) -> int:
     """FLOPs of the forward pass for one target token and, in translation, the one source token that goes with it.
 
-    Left out: the classifier's last layer, which acts once a sequence.
+    A masked language model is counted with the logits of all its positions, as they are computed.
+    Left out: the last layers of a classifier, which act once a sequence.
     """
     model = run.model
     feed_forward = _num_stacks(run) * model.num_layers * _feed_forward_unit(model, "flops") * matched_d_ff(run)
     logits = 0 if run.task == "classification" else 2 * run.data.tokens * model.d_model
+    logits += 2 * model.d_model**2 if run.task == "masked_lm" else 0
     return _all_attention(run, model, "flops") + feed_forward + logits
 
 
@@ -134,7 +140,7 @@ def active_flops_per_token(run: RunSpec) -> int:
 def kv_cache_bytes_per_token(run: RunSpec) -> int:
     """Bytes of keys and values that decoding holds for one target token and, in translation, one source token.
 
-    Returns: 0 for classification, which does not decode.
+    Returns: 0 for masked language models and classifiers, which do not decode.
     """
     kinds = [kind for kind in ATTENTION_KINDS[run.task] if kind != "encoder"]
     shapes = [shape for kind in kinds for shape in run.model.heads(kind)]

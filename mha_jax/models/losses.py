@@ -39,6 +39,9 @@ def example_sums(
     if task == "lm":
         logits = model(batch["inputs"], segments=batch.get("segments"), dropout_keys=dropout_keys)
         targets = batch["targets"]
+    elif task == "masked_lm":
+        logits = model(batch["inputs"], batch["lengths"], dropout_keys=dropout_keys)
+        targets = batch["targets"]
     elif task == "translation":
         logits = model(batch["source"], batch["source_lengths"], batch["target_inputs"], dropout_keys=dropout_keys)
         targets = batch["targets"]

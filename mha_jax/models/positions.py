@@ -26,14 +26,21 @@ class Positions(nnx.Module):
 
       y[b,t] = x[b,t] + p[t]
 
-    "sinusoidal": p is the fixed table above. "learned": p = sqrt(D) * embedding[t], drawn and scaled as the tokens are.
+    "sinusoidal": p is the fixed table above. "learned": p = scale * embedding[t], drawn and scaled as the tokens are.
     "rope" and "none": p = 0; rotary positions act inside the attention.
     """
 
     def __init__(
-        self, kind: str, max_length: int, d_model: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+        self,
+        kind: str,
+        max_length: int,
+        d_model: int,
+        scale: float,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.kind, self.max_length, self.d_model = kind, max_length, d_model
+        self.kind, self.max_length, self.d_model, self.scale = kind, max_length, d_model, scale
         # The key is drawn whatever the kind, so that the other parameters start the same.
         key = rngs.params()
         if kind == "learned":
@@ -49,7 +56,7 @@ class Positions(nnx.Module):
                 f"a sequence of {len(positions_T)} tokens is longer than model.max_length={self.max_length} positions"
             )
         if self.kind == "learned":
-            table_TD = self.embedding[...][positions_T] * self.d_model**0.5
+            table_TD = self.embedding[...][positions_T] * self.scale
         else:
             table_TD = jnp.asarray(sinusoidal_table(self.max_length, self.d_model), jnp.float32)[positions_T]
         return x_BTD + table_TD[None].astype(x_BTD.dtype)

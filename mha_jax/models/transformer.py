@@ -1,4 +1,4 @@
-"""The three models: a language model, a translator and a classifier, each a few stacks around one token table."""
+"""The four models: a language model, a masked one, a translator and a classifier, each of stacks and a token table."""
 
 from typing import Literal
 
@@ -7,31 +7,56 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from mha_jax.attention.dropout import dropout
 from mha_jax.attention.gates import make_gate
 from mha_jax.attention.visibility import Causal, Padding, Segments
-from mha_jax.models.blocks import Keys, Stack, fold, param_dtype
+from mha_jax.models.blocks import ACTIVATIONS, Keys, Stack, embedding_scale, fold, linear, make_norm, param_dtype
 from mha_jax.models.cost import matched_d_ff
-from mha_jax.specs import RunSpec
+from mha_jax.specs import ModelSpec, RunSpec, UserError
 
 
 class TokenTable(nnx.Module):
     """One vector a token, read on the way in and on the way out (Vaswani et al. 2017, section 3.4).
 
-      x[b,t] = scale * embedding[token[b,t]],   logits[b,t,c] = <y[b,t], embedding[c]>
+      x[b,t] = scale * (embedding[token[b,t]] + type_embedding[type[b,t]]),   logits[b,t,c] = <y[b,t], embedding[c]>
 
-    The embedding starts normal with deviation D**-0.5: with scale = sqrt(D), x and the logits have unit variance.
+    The embeddings start normal with deviation D**-0.5: with scale = sqrt(D), x and the logits have unit variance. That
+    of types (the segments of Devlin et al. 2019, section 3) is there with `num_types`.
     """
 
     def __init__(
-        self, num_tokens: int, d_model: int, scale: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        num_tokens: int,
+        num_types: int,
+        d_model: int,
+        scale: float,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ) -> None:
         self.d_model, self.scale, self.dtype, self.param_dtype = d_model, scale, dtype, param_dtype
-        draw = jax.random.normal(rngs.params(), (num_tokens, d_model), param_dtype)
-        self.embedding = nnx.Param(draw * d_model**-0.5)
+        key = rngs.params()
 
-    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Vectors of tokens, in the compute dtype."""
-        return (self.embedding[...][tokens_BT] * self.scale).astype(self.dtype)
+        def table(key: Array, rows: int) -> nnx.Param:
+            return nnx.Param(jax.random.normal(key, (rows, d_model), param_dtype) * d_model**-0.5)
+
+        self.embedding = table(key, num_tokens)
+        # A key folded out of the same one: types do not shift what later layers draw.
+        self.type_embedding = table(jax.random.fold_in(key, 1), num_types) if num_types else None
+
+    def embed(self, tokens_BT: Int[Array, "B T"], types_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        """Vectors of tokens, in the compute dtype; a token whose type is not given has type 0.
+
+        Raises: UserError for types where the model has none.
+        """
+        x_BTD = self.embedding[...][tokens_BT]
+        if self.type_embedding is not None:
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x_BTD = x_BTD + self.type_embedding[...][types_BT]
+        elif types_BT is not None:
+            raise UserError("types of tokens are given, but model.token_types=0")
+        return (x_BTD * self.scale).astype(self.dtype)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
         """Scores of every token, accumulated and returned in the parameters' dtype."""
@@ -44,8 +69,9 @@ class TokenTable(nnx.Module):
 def _token_table(run: RunSpec, rngs: nnx.Rngs) -> TokenTable:
     return TokenTable(
         run.data.tokens,
+        run.model.token_types,
         run.model.d_model,
-        run.model.d_model**0.5 if run.model.scale_embedding else 1.0,
+        embedding_scale(run.model),
         dtype=jnp.dtype(run.model.dtype),
         param_dtype=param_dtype(run.model),
         rngs=rngs,
@@ -72,6 +98,46 @@ class LanguageModel(nnx.Module):
         """Logits of the token after each; dropout only where `dropout_keys`, one an example, are given."""
         visibility = Causal() if segments is None else Causal() & Segments(segments)
         return self.tokens.logits(self.decoder(self.tokens.embed(tokens_BT), visibility, dropout_keys=dropout_keys))
+
+
+class MaskedHead(nnx.Module):
+    """What stands between the encoder and the logits of a masked language model (Devlin et al. 2019, appendix A.1).
+
+      y[b,t] = Norm(activation(dense(x[b,t]))),   logits[b,t,c] = <y[b,t], embedding[c]> + bias[c]
+
+    The activation is that of the feed-forward layers, silu where they are gated.
+    """
+
+    def __init__(self, spec: ModelSpec, num_tokens: int, *, rngs: nnx.Rngs) -> None:
+        self.activation = ACTIVATIONS[spec.activation]
+        self.dense = linear(spec, spec.d_model, spec.d_model, rngs=rngs)
+        self.norm = make_norm(spec, rngs)
+        self.bias = nnx.Param(jnp.zeros(num_tokens, param_dtype(spec)))
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], tokens: TokenTable) -> Float[Array, "B T C"]:
+        y_BTD = self.norm(self.activation(self.dense(x_BTD))).astype(x_BTD.dtype)
+        return tokens.logits(y_BTD) + self.bias[...][None, None, :]
+
+
+class MaskedLanguageModel(nnx.Module):
+    """Predicts tokens from those on both sides of them (Devlin et al. 2019, section 3.1, task 1)."""
+
+    def __init__(self, run: RunSpec, *, rngs: nnx.Rngs) -> None:
+        self.tokens = _token_table(run, rngs)
+        self.encoder = Stack(run.model, "encoder", matched_d_ff(run), rngs=rngs)
+        self.head = MaskedHead(run.model, run.data.tokens, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        lengths_B: Int[Array, " B"],
+        *,
+        types: Int[Array, "B T"] | None = None,
+        dropout_keys: Keys = None,
+    ) -> Float[Array, "B T C"]:
+        """Logits of the token at each position, masked or not; dropout only where `dropout_keys` are given."""
+        x_BTD = self.tokens.embed(tokens_BT, types)
+        return self.head(self.encoder(x_BTD, Padding(lengths_B), dropout_keys=dropout_keys), self.tokens)
 
 
 class TranslationModel(nnx.Module):
@@ -119,12 +185,19 @@ class TranslationModel(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """An encoder, the mean over a row's real positions, and one linear layer."""
+    """An encoder, one vector a row, and a linear layer.
+
+    pooling "mean": the vector is the mean over a row's real positions. "first": tanh(pooler(x[b,0])), with dropout, as
+    BERT reads its [CLS] (Devlin et al. 2019, section 3).
+    """
 
     def __init__(self, run: RunSpec, *, rngs: nnx.Rngs) -> None:
         assert run.data.num_classes is not None  # RunSpec has refused it
         self.tokens = _token_table(run, rngs)
         self.encoder = Stack(run.model, "encoder", matched_d_ff(run), rngs=rngs)
+        self.dropout_rate, self.num_layers = run.model.dropout_rate, run.model.num_layers
+        pooled = run.model.pooling == "first"
+        self.pooler = linear(run.model, run.model.d_model, run.model.d_model, rngs=rngs) if pooled else None
         dtype = param_dtype(run.model)
         self.classes = nnx.Linear(
             run.model.d_model,
@@ -136,17 +209,26 @@ class Classifier(nnx.Module):
         )
 
     def __call__(
-        self, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"], *, dropout_keys: Keys = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        lengths_B: Int[Array, " B"],
+        *,
+        types: Int[Array, "B T"] | None = None,
+        dropout_keys: Keys = None,
     ) -> Float[Array, "B C"]:
         """Logits of the classes; a row of length 0 has those of the zero vector."""
-        x_BTD = self.encoder(self.tokens.embed(tokens_BT), Padding(lengths_B), dropout_keys=dropout_keys)
+        x_BTD = self.encoder(self.tokens.embed(tokens_BT, types), Padding(lengths_B), dropout_keys=dropout_keys)
         real_BT = jnp.arange(tokens_BT.shape[1])[None, :] < lengths_B[:, None]
         # where, not a product: a NaN beyond the end must not reach the mean.
         kept_BTD = jnp.where(real_BT[:, :, None], x_BTD, 0).astype(self.classes.param_dtype)
-        return self.classes(kept_BTD.sum(axis=1) / jnp.maximum(lengths_B, 1)[:, None])
+        if self.pooler is None:
+            return self.classes(kept_BTD.sum(axis=1) / jnp.maximum(lengths_B, 1)[:, None])
+        first_BD = jnp.tanh(self.pooler(kept_BTD[:, 0]))
+        keys = fold(dropout_keys, self.num_layers + 1)  # the encoder folds 0 to num_layers into the same keys
+        return self.classes(first_BD if keys is None else dropout(first_BD, keys, self.dropout_rate))
 
 
-Model = LanguageModel | TranslationModel | Classifier
+Model = LanguageModel | MaskedLanguageModel | TranslationModel | Classifier
 
 
 def build_model(run: RunSpec, *, rngs: nnx.Rngs) -> Model:
@@ -154,7 +236,12 @@ def build_model(run: RunSpec, *, rngs: nnx.Rngs) -> Model:
 
     Parameters are float32 (float64 for model.dtype="float64"); model.dtype is what the layers compute in.
     """
-    models = {"lm": LanguageModel, "translation": TranslationModel, "classification": Classifier}
+    models = {
+        "lm": LanguageModel,
+        "masked_lm": MaskedLanguageModel,
+        "translation": TranslationModel,
+        "classification": Classifier,
+    }
     model = models[run.task](run, rngs=rngs)
     if run.gates.kind != "none":
         _put_in_gates(run, run.gates.kind, model)

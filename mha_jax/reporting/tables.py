@@ -11,6 +11,7 @@ from mha_jax.reporting.statistics import Estimate, holm, interval, paired
 _HEADLINES = {
     "lm": ("validation/loss", "validation/bits_per_byte", "test/loss"),
     "translation": ("validation/loss", "validation/perplexity", "validation/bleu", "test/bleu"),
+    "masked_lm": ("validation/loss", "validation/perplexity", "validation/accuracy", "test/loss"),
     "classification": ("validation/loss", "validation/accuracy", "test/accuracy"),
 }
 _DECIMALS = {"loss": 3, "perplexity": 3, "bits_per_byte": 3, "bleu": 2, "accuracy": 4, "heads_alive": 1}

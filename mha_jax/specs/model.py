@@ -21,8 +21,11 @@ class ModelSpec:
     `head_to_group` likewise: one map (a group for each head) for all layers, a tuple with a map or None for each layer,
     or a dict by kind; None is the map of neighbouring heads, for which G must divide H.
 
-    `use_bias` is of the attentions, `use_ff_bias` of the feed-forward layers. Tokens enter times sqrt(d_model), or as
-    their embedding is without `scale_embedding`.
+    `use_bias` is of the attentions, `use_ff_bias` of the feed-forward layers. Tokens and learned positions enter times
+    sqrt(d_model), or as their embedding is without `scale_embedding`; with `embedding_norm` their sum is normalized.
+    `token_types`: so many more vectors, of which every token adds one (the segments of BERT), for tasks that only
+    encode. `pooling`: a classifier reads the "mean" over a text, or its "first" token through a layer of its own.
+    "gelu" is the approximation by tanh (GPT-2), "gelu_exact" the one by erf (BERT).
 
     `routing`: heads chosen by the token. `adaptive_span`: a learned span for each head of self-attention.
     `layers`: "unrolled", or "scan" neighbours of equal shape: less to compile in deep models.
@@ -45,10 +48,13 @@ class ModelSpec:
     norm: Literal["pre", "post"] = "pre"
     normalization: Literal["layer", "rms"] = "layer"
     norm_epsilon: float = 1e-6
-    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
+    activation: Literal["relu", "gelu", "gelu_exact", "swiglu"] = "gelu"
     use_bias: bool = False
     use_ff_bias: bool = True
     scale_embedding: bool = True
+    embedding_norm: bool = False
+    token_types: int = 0
+    pooling: Literal["mean", "first"] = "mean"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     match: Literal["none", "params", "flops"] = "none"
@@ -67,7 +73,9 @@ class ModelSpec:
         choice("model.positions", self.positions, ("sinusoidal", "learned", "rope", "none"))
         choice("model.norm", self.norm, ("pre", "post"))
         choice("model.normalization", self.normalization, ("layer", "rms"))
-        choice("model.activation", self.activation, ("relu", "gelu", "swiglu"))
+        choice("model.activation", self.activation, ("relu", "gelu", "gelu_exact", "swiglu"))
+        choice("model.pooling", self.pooling, ("mean", "first"))
+        at_least("model.token_types", self.token_types, 0)
         choice("model.match", self.match, ("none", "params", "flops"))
         choice("model.init", self.init, ("independent", "shared"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))

@@ -13,6 +13,7 @@ from mha_jax.specs.training import DecodingSpec, OptimizerSpec, TrainingSpec
 
 ATTENTION_KINDS = {
     "lm": ("decoder",),
+    "masked_lm": ("encoder",),
     "classification": ("encoder",),
     "translation": ("encoder", "decoder", "cross"),
 }
@@ -49,7 +50,7 @@ class RunSpec:
     """Everything that decides a run's result."""
 
     name: str
-    task: Literal["lm", "translation", "classification"]
+    task: Literal["lm", "masked_lm", "translation", "classification"]
     seeds: tuple[int, ...]
     parallel: Literal["jit", "pmap"]
     mesh: MeshSpec
@@ -78,12 +79,21 @@ class RunSpec:
             raise UserError(
                 f"data.length={self.data.length} is longer than model.max_length={self.model.max_length} positions"
             )
+        if self.task == "masked_lm":
+            at_least("data.length", self.data.length, 3)  # a start, a token and an end
         if self.task == "translation" and self.data.source not in ("parallel", "tfds"):
             raise UserError(f"task='translation' needs data.source='parallel' or 'tfds', not {self.data.source!r}")
         if self.data.tokenizer == "llama2c" and self.task != "lm":
             raise UserError(f"data.tokenizer='llama2c' is for task='lm', not {self.task!r}: its texts have no EOS")
         if self.task == "classification" and not self.data.num_classes:
             raise UserError("task='classification' needs data.num_classes")
+        if self.model.pooling == "first" and self.task != "classification":
+            raise UserError(f"model.pooling='first' is for task='classification', not {self.task!r}")
+        if self.model.token_types and self.task not in ("masked_lm", "classification"):
+            raise UserError(
+                f"model.token_types={self.model.token_types} is for task='masked_lm' or 'classification', "
+                f"not {self.task!r}"
+            )
         if self.parallel == "pmap" and (self.mesh.seed, self.mesh.head) != (1, 1):
             raise UserError(
                 f"parallel='pmap' splits data only; mesh.seed={self.mesh.seed} and "

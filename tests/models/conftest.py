@@ -10,6 +10,7 @@ from mha_jax.specs import DataSpec, DecodingSpec, MeshSpec, ModelSpec, Optimizer
 
 DATA = {
     "lm": DataSpec(source="embedded", length=7, batch_size=2),
+    "masked_lm": DataSpec(source="embedded", length=7, batch_size=2),
     "translation": DataSpec(source="parallel", length=7, batch_size=2, files={"train": ("a", "b")}),
     "classification": DataSpec(source="text", length=7, batch_size=2, files={"train": "a"}, num_classes=5),
 }

@@ -34,6 +34,7 @@ HEADS = [
     {"activation": "swiglu", "normalization": "rms"},
     {"activation": "swiglu", "normalization": "rms", "norm": "post", "use_ff_bias": False},
     {"use_ff_bias": False},
+    {"embedding_norm": True},
 ]
 
 
@@ -42,7 +43,7 @@ def count_built(run):
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize("task", ["lm", "translation", "classification"])
+@pytest.mark.parametrize("task", ["lm", "masked_lm", "translation", "classification"])
 @pytest.mark.parametrize("model", HEADS, ids=str)
 def test_parameters_are_those_of_the_built_model(make_run, task, model):
     run = make_run(task, **model)
@@ -56,6 +57,20 @@ def test_parameters_of_a_language_model_written_out(make_run):
     norms = 2 * (2 * 11)
     expected = 260 * 11 + 17 * 11 + 2 * (attention + feed_forward + norms) + 2 * 11
     assert parameters(make_run("lm")) == expected
+
+
+@pytest.mark.parametrize(("task", "model"), [("masked_lm", {}), ("classification", {"pooling": "first"})])
+def test_parameters_of_bert_are_those_of_the_built_model(make_run, task, model):
+    run = make_run(task, token_types=2, embedding_norm=True, norm="post", use_bias=True, **model)
+    assert parameters(run) == count_built(run)
+
+
+def test_a_masked_language_model_costs_its_head_more_than_a_language_model(make_run):
+    # D=11, 260 tokens: a dense layer, a norm and a bias for each token
+    masked, plain = make_run("masked_lm"), make_run("lm")
+    assert parameters(masked) - parameters(plain) == 11 * 11 + 11 + 2 * 11 + 260
+    assert flops_per_token(masked) - flops_per_token(plain) == 2 * 11 * 11
+    assert kv_cache_bytes_per_token(masked) == 0
 
 
 def test_flops_of_a_language_model_written_out(make_run):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import erf
 
 from mha_jax.attention.visibility import Full
 from mha_jax.models.positions import sinusoidal_table
@@ -34,7 +35,7 @@ def call(model, *args, **kwargs):
 def inputs(task):
     if task == "lm":
         return (TOKENS,)
-    return (TOKENS, jnp.array([6, 3])) if task == "classification" else (SOURCE, LENGTHS, TARGET)
+    return (SOURCE, LENGTHS, TARGET) if task == "translation" else (TOKENS, jnp.array([6, 3]))
 
 
 def example_keys(seed, rows=2):
@@ -44,7 +45,7 @@ def example_keys(seed, rows=2):
 def layer_norm(x, norm):
     x = np.asarray(x, np.float64)
     centred = x - x.mean(-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + norm.epsilon)
     return scaled * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
 
 
@@ -53,14 +54,18 @@ def feed_forward(x, layer, activation):
     return inside @ np.asarray(layer.down.kernel[...]) + np.asarray(layer.down.bias[...])
 
 
+def projected(x, projection):
+    y = np.einsum("btd,dhk->bhtk", x, np.asarray(projection.kernel[...]))
+    return y if projection.bias is None else y + np.asarray(projection.bias[...])[None, :, None, :]
+
+
 def attention(layer, x, memory, visible):
-    q = np.einsum("btd,dhk->bhtk", x, np.asarray(layer.query.kernel[...]))
-    k = np.einsum("bsd,dhk->bhsk", memory, np.asarray(layer.key.kernel[...]))
-    v = np.einsum("bsd,dhv->bhsv", memory, np.asarray(layer.value.kernel[...]))
+    q, k, v = projected(x, layer.query), projected(memory, layer.key), projected(memory, layer.value)
     scores = np.where(visible, np.einsum("bhtk,bhsk->bhts", q, k) / np.sqrt(q.shape[-1]), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("bhts,bhsv,hvd->btd", weights, v, np.asarray(layer.out.kernel[...]))
+    out = np.einsum("bhts,bhsv,hvd->btd", weights, v, np.asarray(layer.out.kernel[...]))
+    return out if layer.out.bias is None else out + np.asarray(layer.out.bias[...])
 
 
 def with_noise(model, seed=3):
@@ -110,6 +115,66 @@ def test_pre_norm_language_model_written_out_in_numpy(make_run):
         x = x + feed_forward(layer_norm(x, block.feed_forward_norm), block.feed_forward, gelu)
     expected = layer_norm(x, model.decoder.final_norm) @ table.T
     np.testing.assert_allclose(call(model, TOKENS), expected, atol=1e-4)
+
+
+BERT = {
+    "norm": "post",
+    "activation": "gelu_exact",
+    "norm_epsilon": 1e-12,
+    "use_bias": True,
+    "scale_embedding": False,
+    "embedding_norm": True,
+    "token_types": 2,
+}
+
+
+def exact_gelu(x):
+    return x * 0.5 * (1 + erf(x / np.sqrt(2)))
+
+
+def bert_encoder(model, types, lengths):
+    """The last hidden states of BERT (Devlin et al. 2019; norms after the residuals, as Vaswani et al. 2017)."""
+    tokens = model.tokens
+    x = np.asarray(tokens.embedding[...], np.float64)[TOKENS] + np.asarray(tokens.type_embedding[...])[types]
+    x = layer_norm(x + np.asarray(model.encoder.positions.embedding[...])[None, :7], model.encoder.embedding_norm)
+    real = (np.arange(7)[None, :] < lengths[:, None])[:, None, None, :]
+    for block in model.encoder.blocks:
+        x = layer_norm(x + attention(block.attention, x, x, real), block.attention_norm)
+        x = layer_norm(x + feed_forward(x, block.feed_forward, exact_gelu), block.feed_forward_norm)
+    return x
+
+
+def test_masked_language_model_can_be_bert_written_out_in_numpy(make_run):
+    model = with_noise(build(make_run("masked_lm", **BERT)))
+    lengths, types = np.array([6, 7]), np.array([[0, 0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]])
+    head = model.head
+    x = bert_encoder(model, types, lengths) @ np.asarray(head.dense.kernel[...]) + np.asarray(head.dense.bias[...])
+    expected = layer_norm(exact_gelu(x), head.norm) @ np.asarray(model.tokens.embedding[...], np.float64).T
+    found = call(model, TOKENS, jnp.asarray(lengths), types=jnp.asarray(types))
+    # Ten times what float32 rounds; the tanh approximation of gelu would be off by 3e-4 and more.
+    np.testing.assert_allclose(found[0, :6], (expected + np.asarray(head.bias[...]))[0, :6], atol=1e-5)
+    np.testing.assert_allclose(found[1], (expected + np.asarray(head.bias[...]))[1], atol=1e-5)
+
+
+def test_classifier_can_read_the_first_token_as_bert_does(make_run):
+    model = with_noise(build(make_run("classification", pooling="first", **BERT)))
+    lengths = np.array([6, 3])
+    x = bert_encoder(model, np.zeros((2, 7), int), lengths)[:, 0]
+    pooled = np.tanh(x @ np.asarray(model.pooler.kernel[...]) + np.asarray(model.pooler.bias[...]))
+    expected = pooled @ np.asarray(model.classes.kernel[...]) + np.asarray(model.classes.bias[...])
+    np.testing.assert_allclose(call(model, TOKENS, jnp.asarray(lengths)), expected, atol=1e-5)
+
+
+def test_types_are_refused_where_the_model_has_none(make_run):
+    with pytest.raises(UserError, match=r"model\.token_types=0"):
+        build(make_run("masked_lm"))(TOKENS, jnp.array([6, 3]), types=jnp.zeros_like(TOKENS))
+
+
+def test_embeddings_without_scale_enter_as_they_are(make_run):
+    model = build(make_run("lm", scale_embedding=False))
+    seen = model.decoder.enter(model.tokens.embed(TOKENS), jnp.arange(7))
+    positions = model.decoder.positions.embedding[...][None, :7]
+    np.testing.assert_array_equal(seen, model.tokens.embedding[...][TOKENS] + positions)
 
 
 def test_classifier_is_linear_in_the_mean_over_real_positions(make_run):
@@ -175,7 +240,7 @@ def test_dropout_needs_keys_and_depends_on_each(make_run, task):
     assert not np.allclose(once, call(model, *inputs(task)))
 
 
-@pytest.mark.parametrize("task", ["lm", "translation", "classification"])
+@pytest.mark.parametrize("task", ["lm", "masked_lm", "translation", "classification"])
 def test_dropout_of_an_example_does_not_depend_on_the_batch(make_run, task):
     model = build(make_run(task, **DROPOUT))
     keys = example_keys(0)
@@ -261,7 +326,7 @@ def test_positions_tell_the_order(make_run, positions):
 
 @pytest.mark.slow
 def test_every_parameter_is_trained(make_run):
-    for task in ("lm", "translation", "classification"):
+    for task in ("lm", "masked_lm", "translation", "classification"):
         model = with_noise(build(make_run(task)))
         graph, params, rest = nnx.split(model, nnx.Param, ...)
         loss = lambda p, graph=graph, rest=rest, task=task: (  # noqa: E731
