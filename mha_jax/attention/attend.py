@@ -13,6 +13,7 @@ from mha_jax.attention.backends import blockwise, cudnn, diagonals, einsum, pall
 from mha_jax.attention.backends.call import Call
 from mha_jax.attention.dropout import keys_per_example
 from mha_jax.attention.regions import Span
+from mha_jax.attention.target import target
 from mha_jax.attention.visibility import Full, Rule
 from mha_jax.specs import HeadShape, UserError
 
@@ -136,7 +137,7 @@ def choose_backend(name: str, call: Call) -> Choice:
     if diagonals.pays(call):
         return Choice("diagonals", {})
     refused: dict[str, str] = {}
-    for candidate in _PREFERRED.get(jax.default_backend(), ("blockwise",)):
+    for candidate in _PREFERRED.get(target(), ("blockwise",)):
         reason = BACKENDS[candidate].refusal(call)
         if reason is None:
             return Choice(candidate, refused)

@@ -20,6 +20,7 @@ from mha_jax.attention.dropout import key_words
 from mha_jax.attention.patterns import RandomBlocks
 from mha_jax.attention.regions import Span
 from mha_jax.attention.rule import Rule
+from mha_jax.attention.target import target
 from mha_jax.attention.visibility import Dense
 
 # True runs the kernels in Pallas' interpreter, on any platform: for tests.
@@ -33,8 +34,8 @@ _AXES = {"lengths": "b", "query_ids": "bt", "key_ids": "bs", "array": "bhts"}
 
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot serve a call, and what would do; None where they can."""
-    if not INTERPRET and jax.default_backend() != "gpu":
-        return f"its kernels run on GPU, and this is {jax.default_backend()}; backend='blockwise' would do"
+    if not INTERPRET and target() != "gpu":
+        return f"its kernels run on GPU, and this is {target()}; backend='blockwise' would do"
     if call.partitioned:
         return "the compiler cannot split its kernels over devices; pmap or backend='blockwise' would do"
     if call.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from mha_jax.attention.blockmap import EMPTY, FULL, PARTIAL, BlockMap
 from mha_jax.attention.rule import Rule
+from mha_jax.attention.target import target
 from mha_jax.attention.visibility import Padding
 from mha_jax.cores import num_cores
 
@@ -106,7 +107,7 @@ def _candidate(
 
 def _heads_at_once(batch: int, heads: int, area: int, per_head: bool) -> int:
     """All heads on an accelerator; on CPU as many as a cache holds, and one where heads visit tiles of their own."""
-    if jax.default_backend() != "cpu":
+    if target() != "cpu":
         return heads
     if per_head:
         return 1
