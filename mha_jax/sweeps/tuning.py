@@ -1,7 +1,7 @@
 """What a study tunes for each of its cells, read from a config file's TUNING: which fields, by what, at what cost."""
 
 import dataclasses
-import importlib.util
+import importlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -157,8 +157,10 @@ def _trials(given: Any, tuning: Tuning) -> int:
         return len(tuning.combinations())
     if type(given) is not int or given < 1:
         raise UserError(f"TUNING: trials={given!r} must be an integer of at least 1: how many each cell gets")
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("TUNING: method='optuna' needs Optuna: pip install -r requirements-optuna.txt")
+    try:
+        importlib.import_module("optuna")  # an optional extra
+    except ImportError:
+        raise UserError("TUNING: method='optuna' needs Optuna: pip install -r requirements-optuna.txt") from None
     return given
 
 
