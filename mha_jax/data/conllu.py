@@ -43,7 +43,8 @@ class Sentence:
 def read(path: epath.PathLike, limit: int | None = None) -> list[Sentence]:
     """The sentences of a file in order, at most `limit`.
 
-    Multi-word tokens ("8-9") and empty nodes ("8.1") are no words.     The words of a multi-word token have no space between them where they spell it ("do", "n't"), and one elsewhere.
+    Multi-word tokens ("8-9") and empty nodes ("8.1") are no words. The words of a multi-word token have no space
+    between them where they spell it ("do", "n't"), and one elsewhere.
 
     Raises: UserError with the line's number for a line that is no CoNLL-U; for a file without sentences.
     """
