@@ -1,7 +1,7 @@
 """Rows of token ids packed into the arrays that a task's model takes. A row of -1 is padding: row 0 with weight 0.
 
-Every text ends in the tokenizer's end token, EOS for pairs and labelled texts. One of these that is longer than the
-batch keeps its first tokens and an EOS; `lengths` says how long it was.
+Every text ends in the tokenizer's end token. One of a pair, or a labelled one, that is longer than the batch keeps its
+first tokens and an end; `lengths` says how long it was.
 
 Each task's class has `lengths(split)`: the tokens of every row, the end token included; `batch(split, rows, length)`:
 the rows as arrays of `length` columns; and `drops_long`: whether training leaves rows out that do not fit, or cuts
@@ -16,15 +16,15 @@ from mha_jax.specs import BOS, EOS, PAD, DataSpec
 Batch = dict[str, np.ndarray]
 
 
-def _padded(tokens: Tokens, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """ids [B, length] and lengths [B] of the texts, cut to `length`."""
+def _padded(tokens: Tokens, rows: np.ndarray, length: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """ids [B, length] and lengths [B] of the texts, cut to `length` with `end` last."""
     rows = np.maximum(rows, 0)
     starts = tokens.offsets[rows]
     whole = tokens.offsets[rows + 1] - starts
     columns = np.arange(length)
     index = np.minimum(starts[:, None] + columns, len(tokens.flat) - 1)
     ids = np.where(columns < whole[:, None], tokens.flat[index], PAD).astype(np.int32)
-    ids[whole > length, -1] = EOS
+    ids[whole > length, -1] = end
     return ids, np.minimum(whole, length).astype(np.int32)
 
 
@@ -105,8 +105,8 @@ class TranslationBatches:
         return np.maximum(self._source[split].lengths, self._target[split].lengths)
 
     def batch(self, split: str, rows: np.ndarray, length: int) -> Batch:
-        source, source_lengths = _padded(self._source[split], rows, length)
-        targets, target_lengths = _padded(self._target[split], rows, length)
+        source, source_lengths = _padded(self._source[split], rows, length, EOS)
+        targets, target_lengths = _padded(self._target[split], rows, length, EOS)
         real = np.arange(length) < target_lengths[:, None]
         first = np.full((len(rows), 1), BOS, np.int32)
         batch = {
@@ -130,12 +130,13 @@ class ClassificationBatches:
     def __init__(self, tokens: TokenSet, splits: tuple[str, ...]):
         self._texts = {split: tokens.tokens(split, "text") for split in splits}
         self._labels = {split: tokens.labels(split) for split in splits}
+        self._end = tokens.tokenizer.end
 
     def lengths(self, split: str) -> np.ndarray:
         return self._texts[split].lengths
 
     def batch(self, split: str, rows: np.ndarray, length: int) -> Batch:
-        inputs, lengths = _padded(self._texts[split], rows, length)
+        inputs, lengths = _padded(self._texts[split], rows, length, self._end)
         labels = self._labels[split][np.maximum(rows, 0)]
         weights = (rows >= 0).astype(np.float32)
         return {"inputs": inputs, "lengths": lengths, "labels": labels, "weights": weights, "row": _row(rows)}

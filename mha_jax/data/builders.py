@@ -46,6 +46,29 @@ class TextFiles(EmbeddedCorpus):
         return files.documents(self._paths)
 
 
+class LabelledFiles(tfds.core.GeneratorBasedBuilder):
+    """Lines with a label each: {"text", "label"}."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, paths: Mapping[str, Any], **kwargs: Any):
+        self.labels, self._lines = files.labelled(paths)
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        label = tfds.features.ClassLabel(names=self.labels)
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "label": label})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager
+        return {split: self._generate_examples(lines) for split, lines in self._lines.items()}
+
+    def _generate_examples(self, lines: Iterable[tuple[str, str]]) -> Iterator[tuple[int, dict[str, str]]]:
+        for key, (label, text) in enumerate(lines):
+            yield key, {"text": text, "label": label}
+
+
 class ParallelFiles(tfds.core.GeneratorBasedBuilder):
     """Matching lines of two files: {"source", "target"}."""
 

@@ -49,10 +49,14 @@ class Split(Sequence[Example]):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """`name` says what it is; `splits` holds "train" and those of "validation" and "test" that exist."""
+    """`name` says what it is; `splits` holds "train" and those of "validation" and "test" that exist.
+
+    `labels` are the names of the classes, where files name them.
+    """
 
     name: str
     splits: dict[str, Split]
+    labels: tuple[str, ...] = ()
 
 
 def content_key(spec: DataSpec) -> dict[str, Any]:
@@ -93,6 +97,13 @@ def _open_own(spec: DataSpec, key: str, cache_dir: epath.Path) -> Corpus:
         builder = builders.EmbeddedCorpus(**place)
     elif spec.source == "text":
         builder = builders.TextFiles(paths=spec.files or {}, **place)
+    elif spec.source == "labelled":
+        builder = builders.LabelledFiles(paths=spec.files or {}, **place)
+        if len(builder.labels) != spec.num_classes:
+            names = ", ".join(builder.labels)
+            raise UserError(
+                f"data.num_classes={spec.num_classes}; data.files.train has {len(builder.labels)} labels: {names}"
+            )
     else:
         builder = builders.ParallelFiles(paths=spec.files or {}, **place)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports what it does with print
@@ -100,10 +111,11 @@ def _open_own(spec: DataSpec, key: str, cache_dir: epath.Path) -> Corpus:
     fields = ("source", "target") if spec.source == "parallel" else ("text",)
 
     def decode(record: dict[str, Any]) -> Example:
-        return Example(tuple(record[field].decode() for field in fields))
+        return Example(tuple(record[field].decode() for field in fields), int(record.get("label", 0)))
 
     sources = {split: builder.as_data_source(split=split) for split in files.SPLITS if split in builder.info.splits}
-    return Corpus(spec.source, {split: Split(s, decode, range(len(s))) for split, s in sources.items()})
+    splits = {split: Split(source, decode, range(len(source))) for split, source in sources.items()}
+    return Corpus(spec.source, splits, builder.labels if spec.source == "labelled" else ())
 
 
 def _with_held_out(splits: dict[str, Split], fraction: float) -> dict[str, Split]:

@@ -1,7 +1,7 @@
-"""Text files that the user names, plain or .gz: documents of one language, or lines of two that match.
+"""Text files that the user names, plain or .gz: documents of one language, lines of two that match, or labelled lines.
 
-`data.files` maps "train", "validation" and "test" to a path (or several) for text, and to (source, target) for parallel
-text. Paths go through epath, so gs:// works; a relative one starts at the working directory.
+`data.files` maps "train", "validation" and "test" to a path (or several) for text, plain or labelled, and to (source,
+target) for parallel text. Paths go through epath, so gs:// works; a relative one starts at the working directory.
 """
 
 import gzip
@@ -91,3 +91,28 @@ def pairs(files: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
             )
         found[split] = list(zip(source, target, strict=True))
     return found
+
+
+def labelled(files: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, list[tuple[str, str]]]]:
+    """The names of the labels in training, sorted, and (label, text) of every line by split.
+
+    A line is a label, one tab, and a text. Raises: UserError, with file and line, where it is not, and for a label that
+    training has not.
+    """
+    found = {
+        split: [_labelled(path, number, line) for path in paths for number, line in enumerate(_lines(path), 1)]
+        for split, paths in named(files).items()
+    }
+    known = tuple(sorted({label for label, _ in found["train"]}))
+    for split, lines in found.items():
+        for label, _ in lines:
+            if label not in known:
+                raise UserError(f"data.files.{split} has the label {label!r}; training has {', '.join(known)}")
+    return known, found
+
+
+def _labelled(path: str, number: int, line: str) -> tuple[str, str]:
+    label, *texts = [part.strip() for part in line.split("\t")]
+    if len(texts) != 1 or not label or not texts[0]:
+        raise UserError(f"data file {path}, line {number}: {line[:60]!r} is not a label, a tab and a text without tabs")
+    return label, texts[0]

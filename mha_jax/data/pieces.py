@@ -29,7 +29,7 @@ class PieceTokenizer:
     """
 
     name = "llama2c"
-    start, end, mask = BOS, BOS, None
+    start, end, mask, opens = BOS, BOS, None, False
     specials = frozenset(range(_FIRST_BYTE))
 
     def __init__(self, path: epath.Path, vocab_size: int):

@@ -23,7 +23,7 @@ _SOURCES = {
     "lm": ("embedded", "text", "tfds"),
     "masked_lm": ("embedded", "text", "tfds"),
     "translation": ("parallel", "tfds"),
-    "classification": ("tfds",),
+    "classification": ("labelled", "tfds"),
 }
 
 

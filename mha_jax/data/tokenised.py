@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mha_jax.data import datasets, files
+from mha_jax.data import datasets, files, vocabularies
 from mha_jax.data.datasets import Corpus, Split
 from mha_jax.data.pieces import PieceTokenizer
 from mha_jax.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, train_bpe
+from mha_jax.data.vocabularies import FileTokenizer
 from mha_jax.specs import DataSpec, UserError
 
 _FORMAT = 1  # part of every key: raise it when what is stored changes
@@ -81,7 +82,8 @@ def open_tokens(spec: DataSpec, task: str, cache_dir: epath.PathLike) -> TokenSe
     deciding = [_FORMAT, task, content, spec.source, spec.tokenizer, spec.tokens, spec.max_examples]
     deciding += [spec.validation_fraction, spec.num_classes]
     if spec.tokenizer_file:
-        deciding += list(files.digests({"train": spec.tokenizer_file}).values())
+        own = vocabularies.files_of(spec.tokenizer, spec.tokenizer_file)
+        deciding += list(files.digests({"train": own}).values())
     key = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
     directory = root / "tokens" / key
     if not directory.exists():
@@ -98,7 +100,9 @@ def _tokenizer(spec: DataSpec, directory: epath.Path) -> Tokenizer:
         return BPETokenizer(directory / "tokenizer.json")
     if spec.tokenizer == "llama2c":
         return PieceTokenizer(directory / "tokenizer.bin", spec.tokens)
-    return ByteTokenizer()
+    if spec.tokenizer == "bytes":
+        return ByteTokenizer()
+    return FileTokenizer(spec.tokenizer, directory / "tokenizer.json", spec.tokens)
 
 
 @contextlib.contextmanager
@@ -117,8 +121,10 @@ def _write(corpus: Corpus, spec: DataSpec, task: str, content: dict[str, Any], d
         if spec.tokenizer == "bpe":
             texts = (text for chunk in corpus.splits["train"].chunks() for example in chunk for text in example.texts)
             train_bpe(texts, spec.tokens, unfinished / "tokenizer.json")
+        elif spec.tokenizer == "llama2c":
+            epath.Path(str(spec.tokenizer_file)).copy(unfinished / "tokenizer.bin")
         elif spec.tokenizer_file:
-            epath.Path(spec.tokenizer_file).copy(unfinished / "tokenizer.bin")
+            (unfinished / "tokenizer.json").write_text(vocabularies.as_json(spec.tokenizer, spec.tokenizer_file))
         tokenizer = _tokenizer(spec, unfinished)
         digest = hashlib.sha256()
         splits = {
@@ -127,6 +133,7 @@ def _write(corpus: Corpus, spec: DataSpec, task: str, content: dict[str, Any], d
         }
         facts = {"source": corpus.name, "sha256": digest.hexdigest(), "splits": splits}
         facts |= {"files": content.get("files", {}), "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+        facts |= {"labels": corpus.labels} if corpus.labels else {}
         if tokenizer.path is not None:
             facts["tokenizer_sha256"] = hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
         (unfinished / "facts.json").write_text(json.dumps(facts, indent=1))
@@ -143,6 +150,7 @@ def _write_split(
     if not len(examples):
         raise UserError(f"the {split} split has no examples")
     fields = FIELDS[task]
+    opening = np.asarray([tokenizer.start] if task == "classification" and tokenizer.opens else [], np.int32)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     ids: dict[str, list[np.ndarray]] = {field: [] for field in fields}
     lengths: dict[str, list[int]] = {field: [] for field in fields}
@@ -153,7 +161,7 @@ def _write_split(
         labels += [example.label for example in chunk]
         for column, field in enumerate(fields):
             texts = [example.texts[column] for example in chunk]
-            encoded = [np.append(one, tokenizer.end) for one in tokenizer.encode(texts)]
+            encoded = [np.concatenate([opening, one, [tokenizer.end]]) for one in tokenizer.encode(texts)]
             ids[field].append(np.concatenate(encoded).astype(dtype))
             lengths[field] += [len(one) for one in encoded]
         for example in chunk:

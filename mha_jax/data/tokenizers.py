@@ -1,11 +1,13 @@
-"""Text to token ids and back: raw bytes, byte-level BPE trained on the training split, or the pieces of llama2.c.
+"""Text to token ids and back: raw bytes, byte-level BPE trained on the training split, or a tokenizer made elsewhere.
 
 The first two begin with the four special tokens of `mha_jax.specs` (PAD 0, BOS 1, EOS 2, MASK 3), llama2.c's with the
-first three of them. Text that happens to spell a special token ("<eos>") is ordinary text.
+first three of them; the others have theirs where their files say. Text that happens to spell a special token ("<eos>")
+is ordinary text.
 
 All have `encode(texts)`: the int32 ids of each, special tokens not added; and `decode(ids)`: their text, where special
 tokens say nothing and bytes that are no UTF-8 become U+FFFD. `start` begins a stream of texts, `end` follows each text,
-`mask` stands for one that is hidden (None where there is no such token); `specials` are the tokens that are no text.
+`mask` stands for one that is hidden (None where there is no such token); `specials` are the tokens that are no text;
+`opens` says whether a text that is classified begins with `start`.
 `path` is the file that holds a tokenizer which is more than a rule.
 """
 
@@ -16,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from mha_jax.data.pieces import PieceTokenizer
+from mha_jax.data.vocabularies import FileTokenizer
 from mha_jax.specs import BOS, BYTE_VOCAB_SIZE, EOS, MASK, SPECIAL_TOKENS, UserError
 
 _OFFSET = len(SPECIAL_TOKENS)
@@ -26,7 +29,7 @@ class ByteTokenizer:
 
     name = "bytes"
     vocab_size = BYTE_VOCAB_SIZE
-    start, end, mask = BOS, EOS, MASK
+    start, end, mask, opens = BOS, EOS, MASK, False
     specials = frozenset(range(_OFFSET))
     path = None
 
@@ -41,7 +44,7 @@ class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in Radford et al. 2019): no text is unknown."""
 
     name = "bpe"
-    start, end, mask = BOS, EOS, MASK
+    start, end, mask, opens = BOS, EOS, MASK, False
     specials = frozenset(range(_OFFSET))
 
     def __init__(self, path: epath.Path):
@@ -89,4 +92,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: epath.Path) -> BPETok
     return BPETokenizer(path)
 
 
-Tokenizer = ByteTokenizer | BPETokenizer | PieceTokenizer
+Tokenizer = ByteTokenizer | BPETokenizer | PieceTokenizer | FileTokenizer

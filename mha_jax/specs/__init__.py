@@ -5,7 +5,7 @@ Building a spec checks everything that can be checked without data or devices, a
 """
 
 from mha_jax.specs.checks import UserError
-from mha_jax.specs.data import BOS, BYTE_VOCAB_SIZE, EOS, MASK, PAD, SPECIAL_TOKENS, DataSpec
+from mha_jax.specs.data import BOS, BYTE_VOCAB_SIZE, EOS, FILE_TOKENIZERS, MASK, PAD, SPECIAL_TOKENS, DataSpec
 from mha_jax.specs.gates import GatesSpec
 from mha_jax.specs.heads import HeadShape
 from mha_jax.specs.model import ModelSpec
@@ -18,6 +18,7 @@ __all__ = [
     "BOS",
     "BYTE_VOCAB_SIZE",
     "EOS",
+    "FILE_TOKENIZERS",
     "MASK",
     "PAD",
     "SPECIAL_TOKENS",

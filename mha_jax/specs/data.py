@@ -9,18 +9,24 @@ from mha_jax.specs.checks import UserError, at_least, choice
 PAD, BOS, EOS, MASK = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+# Tokenizers that are read from data.tokenizer_file.
+FILE_TOKENIZERS = ("llama2c", "wordpiece", "gpt2", "json")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """Where tokens come from, and the static shapes that they are packed into."""
+    """Where tokens come from, and the static shapes that they are packed into.
 
-    source: Literal["embedded", "text", "parallel", "tfds"]
+    `tokenizer_file`: llama2.c's tokenizer.bin, BERT's vocab.txt ("wordpiece"), GPT-2's vocab.json beside its merges.txt
+    ("gpt2"), or a tokenizer.json ("json"); `vocab_size` says how many tokens it has.
+    """
+
+    source: Literal["embedded", "text", "parallel", "labelled", "tfds"]
     length: int
     batch_size: int
-    tokenizer: Literal["bytes", "bpe", "llama2c"] = "bytes"
+    tokenizer: Literal["bytes", "bpe", "llama2c", "wordpiece", "gpt2", "json"] = "bytes"
     vocab_size: int | None = None
-    tokenizer_file: str | None = None  # of "llama2c", which is not trained here
+    tokenizer_file: str | None = None
     files: Mapping[str, Any] | None = None
     tfds_name: str | None = None
     languages: tuple[str, str] | None = None  # source and target; None: the order that the TFDS set itself gives
@@ -33,23 +39,25 @@ class DataSpec:
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        choice("data.source", self.source, ("embedded", "text", "parallel", "tfds"))
-        choice("data.tokenizer", self.tokenizer, ("bytes", "bpe", "llama2c"))
+        choice("data.source", self.source, ("embedded", "text", "parallel", "labelled", "tfds"))
+        choice("data.tokenizer", self.tokenizer, ("bytes", "bpe", *FILE_TOKENIZERS))
         at_least("data.length", self.length, 2)
         at_least("data.batch_size", self.batch_size, 1)
         if self.tokenizer in ("bpe", "llama2c"):
             at_least("data.vocab_size", self.vocab_size, BYTE_VOCAB_SIZE)
+        elif self.tokenizer in FILE_TOKENIZERS:
+            at_least("data.vocab_size", self.vocab_size, 2)
         elif self.vocab_size not in (None, BYTE_VOCAB_SIZE):
             raise UserError(
                 f"data.vocab_size={self.vocab_size} does not fit data.tokenizer='bytes', "
                 f"which has {BYTE_VOCAB_SIZE}; leave it out or use 'bpe'"
             )
-        if (self.tokenizer == "llama2c") != bool(self.tokenizer_file):
+        if (self.tokenizer in FILE_TOKENIZERS) != bool(self.tokenizer_file):
             raise UserError(
                 f"data.tokenizer_file={self.tokenizer_file!r} does not fit data.tokenizer={self.tokenizer!r}: "
-                "'llama2c' needs its tokenizer.bin, the others need none"
+                f"{', '.join(map(repr, FILE_TOKENIZERS))} are read from a file, 'bytes' and 'bpe' are not"
             )
-        if self.source in ("text", "parallel") and not (self.files and self.files.get("train")):
+        if self.source in ("text", "parallel", "labelled") and not (self.files and self.files.get("train")):
             raise UserError(f"data.source={self.source!r} needs data.files.train")
         if self.source == "tfds" and not self.tfds_name:
             raise UserError("data.source='tfds' needs data.tfds_name, for instance 'wmt14_translate/de-en'")

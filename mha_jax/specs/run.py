@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mha_jax.specs.checks import UserError, at_least, choice, divisors, listing
-from mha_jax.specs.data import DataSpec
+from mha_jax.specs.data import FILE_TOKENIZERS, DataSpec
 from mha_jax.specs.gates import GatesSpec
 from mha_jax.specs.model import ModelSpec
 from mha_jax.specs.training import DecodingSpec, OptimizerSpec, TrainingSpec
@@ -83,6 +83,11 @@ class RunSpec:
             at_least("data.length", self.data.length, 3)  # a start, a token and an end
         if self.task == "translation" and self.data.source not in ("parallel", "tfds"):
             raise UserError(f"task='translation' needs data.source='parallel' or 'tfds', not {self.data.source!r}")
+        if self.task == "translation" and self.data.tokenizer in FILE_TOKENIZERS:
+            raise UserError(
+                f"task='translation' needs data.tokenizer='bytes' or 'bpe', not {self.data.tokenizer!r}: "
+                "it writes their start and end tokens"
+            )
         if self.data.tokenizer == "llama2c" and self.task != "lm":
             raise UserError(f"data.tokenizer='llama2c' is for task='lm', not {self.task!r}: its texts have no EOS")
         if self.task == "classification" and not self.data.num_classes:

@@ -66,3 +66,24 @@ def test_unknown_split_and_single_parallel_file_are_refused(tmp_path):
         files.documents({"train": path, "val": path})
     with pytest.raises(UserError, match="must be two files"):
         files.pairs({"train": path})
+
+
+def test_labelled_lines_are_a_label_a_tab_and_a_text_and_labels_are_sorted(tmp_path):
+    train = _write(tmp_path / "train.tsv", "pos\tgood fun \r\nneg\tb\u2028d\npos\tfine\n".encode())
+    test = _write(tmp_path / "test.tsv.gz", gzip.compress(b"neg\tso so"))
+    labels, lines = files.labelled({"train": train, "test": test})
+    assert labels == ("neg", "pos")
+    assert lines == {"train": [("pos", "good fun"), ("neg", "b\u2028d"), ("pos", "fine")], "test": [("neg", "so so")]}
+
+
+@pytest.mark.parametrize("line", ["no tab here", "neg\t", "\ttext", "neg\ta\tb", ""])
+def test_a_line_that_is_no_label_and_text_is_named_by_its_number(tmp_path, line):
+    path = _write(tmp_path / "train.tsv", f"pos\tgood\n{line}\npos\tfine\n".encode())
+    with pytest.raises(UserError, match=r"train\.tsv, line 2: .* is not a label, a tab and a text"):
+        files.labelled({"train": path})
+
+
+def test_a_label_that_training_has_not_is_named(tmp_path):
+    train, test = _write(tmp_path / "train.tsv", b"pos\tgood\n"), _write(tmp_path / "test.tsv", b"pso\tgood\n")
+    with pytest.raises(UserError, match=r"data\.files\.test has the label 'pso'; training has pos"):
+        files.labelled({"train": train, "test": test})

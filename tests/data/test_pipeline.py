@@ -158,7 +158,8 @@ def test_max_examples_limits_training_only(parallel_spec, tmp_path):
     [
         ("translation", {"source": "embedded"}, "task='translation' cannot be trained on data.source='embedded'"),
         ("lm", {"source": "parallel"}, "task='lm' cannot be trained on data.source='parallel'"),
-        ("classification", {"source": "text"}, "'tfds' fit"),
+        ("classification", {"source": "text"}, "'labelled' or 'tfds' fit"),
+        ("lm", {"source": "labelled"}, "task='lm' cannot be trained on data.source='labelled'"),
         ("lm", {"buckets": (7, 17)}, "no use with task='lm'"),
         ("lm", {"languages": ("en", "de")}, "is for data.source='tfds'"),
         ("lm", {"length": 99999}, "shorter than data.length=99999"),
@@ -167,6 +168,26 @@ def test_max_examples_limits_training_only(parallel_spec, tmp_path):
 def test_what_does_not_go_together_is_refused(text_spec, tmp_path, task, change, fault):
     with pytest.raises(UserError, match=fault):
         load(dataclasses.replace(text_spec, **change), task, tmp_path / "cache")
+
+
+def test_labelled_lines_become_texts_with_the_numbers_of_their_labels(tmp_path):
+    names = ("dog", "ant", "cat")
+    (tmp_path / "train.tsv").write_text("".join(f"{names[n % 3]}\t{n} is {names[n % 3]}\n" for n in range(60)))
+    spec = DataSpec("labelled", 16, 4, files={"train": str(tmp_path / "train.tsv")}, num_classes=3)
+    data = load(spec, "classification", tmp_path / "cache")
+    assert data.fingerprint["labels"] == ["ant", "cat", "dog"]
+    assert {split: facts["examples"] for split, facts in data.fingerprint["splits"].items()} == {
+        "train": 54,
+        "validation": 3,
+        "test": 3,
+    }
+    (shapes,) = batch_shapes(spec, "classification")
+    for batch in (data.train_batch(0, 0), *data.eval_batches("test")):
+        assert _shapes(batch) == _shapes(shapes)
+        for ids, label in zip(batch["inputs"], batch["labels"], strict=True):
+            assert data.tokenizer.decode(ids).endswith(f"is {data.fingerprint['labels'][label]}")
+    with pytest.raises(UserError, match=r"data\.num_classes=2; data\.files\.train has 3 labels: ant, cat, dog"):
+        load(dataclasses.replace(spec, num_classes=2), "classification", tmp_path / "cache")
 
 
 def test_pairs_that_are_all_too_long_are_refused(tmp_path):
