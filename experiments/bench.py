@@ -10,6 +10,7 @@ pruned       a model without half its heads, one built with that shape, and the 
 routing      a layer whose router picks heads: all computed and gated, gathered, and a layer of so few heads
 gates        a step of a language model with each way of gating its heads, beside one without
 train_step   a step of a language model, next to its matrix products alone and to PyTorch's step
+faults       a sweep killed at random moments: what differs from the same sweep left alone (nothing is timed)
 
 `bench WHAT --help` names its flags. PyTorch is in requirements-bench.txt; without it the rest is timed.
 """
@@ -28,6 +29,7 @@ from mha_jax.benchmarks import (
     ablation,
     attention,
     decode,
+    faults,
     gates,
     layers,
     memory,
@@ -79,6 +81,7 @@ VERBS = {
     "routing": Verb(routing.Setting, routing.measure, tables.routing_table, None),
     "gates": Verb(gates.Setting, gates.measure, tables.gates_table, None),
     "train_step": Verb(train_step.Setting, train_step.measure, tables.train_step, plots.train_step_figure),
+    "faults": Verb(faults.Setting, faults.measure, faults.table, None),
 }
 
 
