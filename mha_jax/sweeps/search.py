@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from mha_jax.sweeps.mending import mend_directory
 from mha_jax.sweeps.store import RunDirectory
 from mha_jax.sweeps.trials import Trial, read_trial, trial_path, write_trials
 from mha_jax.sweeps.tuning import Range, Tuning
+from mha_jax.training.limits import write_limits
 
 Train = Callable[[Sequence[RunDirectory]], Exit]
 
@@ -39,7 +41,11 @@ def search(
     while wave := _next(tuning, cells, told, num_devices):
         asked += wave
         write_trials(workdir, tuning, asked)
-        directories = [_directory(workdir, trial) for trial in wave if trial.reason is None]
+        directories = [
+            _directory(workdir, trial, limits(tuning, told[str(trial.untuned)], trial.run.training.steps))
+            for trial in wave
+            if trial.reason is None
+        ]
         unsettled = {trial.run_id for trial in wave if not _read(workdir, tuning, trial).settled}
         open_runs = [directory for directory in directories if directory.run_id in unsettled]
         ended = train(open_runs) if open_runs else Exit.DONE
@@ -88,6 +94,22 @@ def propose(tuning: Tuning, told: Sequence[Trial]) -> list[dict[str, Any]]:
     return tuning.combinations() if tuning.method == "grid" else [_draw(tuning, told)]
 
 
+def limits(tuning: Tuning, told: Sequence[Trial], steps: int) -> dict[int, float]:
+    """Where the next trial of a cell is given up: the median, at a step, of the losses of those that went before.
+
+    The median rule (Golovin et al. 2017, section 3.2), from the first third of training on, where at least three
+    came that far. The trials of a cell follow each other, so the limits of one are known before it starts.
+    """
+    if not tuning.prune:
+        return {}
+    reached: dict[int, list[float]] = {}
+    for trial in told:
+        for step, value in trial.curve.items():
+            if steps / 3 <= step < steps and math.isfinite(value):
+                reached.setdefault(step, []).append(value)
+    return {step: statistics.median(values) for step, values in reached.items() if len(values) >= 3}
+
+
 def _next(tuning: Tuning, cells: Sequence[Cell], told: dict[str, list[Trial]], num_devices: int | None) -> list[Cell]:
     return [
         varied(cell, values, tuning.seeds, num_devices)
@@ -97,13 +119,16 @@ def _next(tuning: Tuning, cells: Sequence[Cell], told: dict[str, list[Trial]], n
     ]
 
 
-def _directory(workdir: epath.PathLike, trial: Cell) -> RunDirectory:
+def _directory(workdir: epath.PathLike, trial: Cell, limits: dict[int, float]) -> RunDirectory:
     """Made, or mended. Trials read the data prepared for the sweep; where it lies does not count in their hash."""
     place = os.fspath(data_dir(trial.run, epath.Path(workdir)))
     path = trial_path(workdir, trial.run_id)
     for line in mend_directory(RunDirectory(path)):
         tqdm.write(f"warning: {line}")
-    return RunDirectory.create(path, configs.override(trial.config, {"data.data_dir": place}))
+    directory = RunDirectory.create(path, configs.override(trial.config, {"data.data_dir": place}))
+    if limits:
+        write_limits(path, limits)
+    return directory
 
 
 def _read(workdir: epath.PathLike, tuning: Tuning, trial: Cell) -> Trial:
@@ -133,8 +158,10 @@ def _draw(tuning: Tuning, told: Sequence[Trial]) -> dict[str, Any]:
     study = optuna.create_study(sampler=sampler)
     state = optuna.trial.TrialState
     for trial in told:
-        # What has no result counts as pruned before its first value, which the sampler takes for the worst.
-        told_as = {"state": state.PRUNED} if trial.value is None else {"value": tuning.sign * trial.value}
+        # What has no result counts as pruned: of those, the sampler takes what left no value behind for the worst.
+        seen = {step: tuning.sign * value for step, value in trial.curve.items() if math.isfinite(value)}
+        lost = {"state": state.PRUNED, "intermediate_values": seen if trial.state == "pruned" else {}}
+        told_as = lost if trial.value is None else {"value": tuning.sign * trial.value}
         study.add_trial(optuna.create_trial(params=dict(trial.values), distributions=spaces, **told_as))
     drawn = study.ask(spaces).params
     return {field: _rounded(drawn[field], choices) for field, choices in tuning.fields.items()}

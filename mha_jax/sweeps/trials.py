@@ -39,7 +39,7 @@ class Trial:
     @property
     def settled(self) -> bool:
         """Whether there is nothing left to train. A loss that is not finite is a result too: it would come again."""
-        return self.state in ("done", "illegal") or "not finite" in (self.error or "")
+        return self.state in ("done", "illegal", "pruned") or "not finite" in (self.error or "")
 
     @property
     def lost(self) -> str | None:
@@ -87,7 +87,9 @@ def read_trial(
         return Trial(cell, run, values, "illegal", {}, reason)
     directory = RunDirectory(trial_path(workdir, run))
     status = directory.status
-    return Trial(cell, run, values, status["state"], _curve(directory, metric), status.get("error"))
+    pruned = status.get("pruned")
+    state, error = ("pruned", pruned) if pruned else (status["state"], status.get("error"))
+    return Trial(cell, run, values, state, _curve(directory, metric), error)
 
 
 def trial_path(workdir: epath.PathLike, run: str) -> epath.Path:

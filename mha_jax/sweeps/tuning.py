@@ -39,6 +39,7 @@ class Tuning:
     metric: str = "validation/loss"
     method: Literal["grid", "optuna"] = "grid"
     trials: int = 0
+    prune: bool = False
 
     @property
     def sign(self) -> int:
@@ -62,7 +63,8 @@ def parse_tuning(study: grid.Study, cells: Sequence[grid.Cell]) -> Tuning | None
 
     `{"fields": {"optimizer.learning_rate": (5e-4, 1e-3, 2e-3)}}` tries every combination of the values. With
     `"method": "optuna", "trials": 12` a field may also be a range, `{"low": 1e-4, "high": 1e-2, "log": True}`, and
-    Optuna draws. "metric" is "validation/loss", and "seeds" the first of the study's, where they are not given.
+    Optuna draws; `"prune": True` gives a trial up where `search.limits` says so. "metric" is "validation/loss", and
+    "seeds" the first of the study's, where they are not given.
 
     Raises: UserError, one line, for whatever could not be searched or would choose by the test split.
     """
@@ -82,7 +84,7 @@ def parse_tuning(study: grid.Study, cells: Sequence[grid.Cell]) -> Tuning | None
         metric=_metric(given.get("metric", "validation/loss"), study.config.task),
         method=method,
     )
-    tuning = dataclasses.replace(tuning, trials=_trials(given.get("trials"), tuning))
+    tuning = dataclasses.replace(tuning, trials=_trials(given.get("trials"), tuning), prune=_prune(given, tuning))
     _check_values(tuning, cells)
     return tuning
 
@@ -162,6 +164,18 @@ def _trials(given: Any, tuning: Tuning) -> int:
     except ImportError:
         raise UserError("TUNING: method='optuna' needs Optuna: pip install -r requirements-optuna.txt") from None
     return given
+
+
+def _prune(given: Mapping[str, Any], tuning: Tuning) -> bool:
+    prune = given.get("prune", False)
+    if type(prune) is not bool:
+        raise UserError(f"TUNING: prune={prune!r} must be True or False")
+    if prune and (tuning.method, tuning.metric) != ("optuna", "validation/loss"):
+        raise UserError(
+            "TUNING: prune=True compares the validation losses of a cell's trials one after another; it needs "
+            f"method='optuna' and metric='validation/loss', not {tuning.method!r} and {tuning.metric!r}"
+        )
+    return prune
 
 
 def _check_values(tuning: Tuning, cells: Sequence[grid.Cell]) -> None:
