@@ -1,16 +1,19 @@
 """Runs a grid: `python -m experiments.sweep --config=configs/default.py[:profile] --workdir=DIR`.
 
-Run again, it skips what is done and goes on with the rest. `--dry_run` prints what each cell would cost.
+Run again, it skips what is done and goes on with the rest. `--seeds=3..9` adds those seeds to every cell.
+`--dry_run` prints what each cell would cost.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 from absl import flags
 from etils import epath
 
 from experiments import cli
+from mha_jax import config as configs
 from mha_jax.specs import UserError
-from mha_jax.sweeps import grid, preparation, provenance
+from mha_jax.sweeps import grid, preparation, provenance, seeds
 from mha_jax.sweeps.cell import Exit
 from mha_jax.sweeps.executors import local
 from mha_jax.sweeps.mending import mend_sweep
@@ -27,20 +30,27 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_integer(
         "workers", None, "Cells at once; left out: one, or on CPU one a core.", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_string(
+        "seeds",
+        None,
+        "Seeds to add to the sweep in --workdir, as 3..9 or 3,5,8; those that are there are left alone. "
+        "In a fresh directory they take the place of the config's.",
+        flag_values=values,
+    )
     flags.DEFINE_bool("dry_run", False, "Print the cells and what they cost; train nothing.", flag_values=values)
     cli.parse(values, argv, __doc__)
-    study = cli.study(values)
+    study, more_seeds = _with_seeds(cli.study(values), values)
     devices = preparation.devices()
     cells = grid.cells(study, devices["count"])
     tuning = parse_tuning(study, cells)
     if values.dry_run:
-        return _dry_run(cells, tuning)
+        return _dry_run(seeds.with_seeds(cells, more_seeds) if more_seeds else cells, tuning)
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the sweep's files go to")
     for line in mend_sweep(values.workdir, cells):
         print(f"warning: {line}")
     facts = {"versions": provenance.versions(), "commit": provenance.commit(), "devices": devices}
-    sweep = SweepDirectory.create(values.workdir, study, cells, facts)
+    sweep = SweepDirectory.create(values.workdir, study, cells, facts, more_seeds)
     for cell in cells:
         if cell.reason:
             print(f"left out: {cell.run_id}: {cell.reason}")
@@ -55,12 +65,23 @@ def main(argv: list[str]) -> int:
         if tuned != Exit.STOPPED:
             print("\n".join(f"tuned: {line}" for line in outcomes(cells)))
             mend_sweep(values.workdir, cells)
-            sweep = SweepDirectory.create(values.workdir, study, cells, facts)
+            sweep = SweepDirectory.create(values.workdir, study, cells, facts, more_seeds)
     code = tuned if tuned == Exit.STOPPED else train(sweep.runs)
     if code == Exit.STOPPED:
         print("stopped, state saved; run again to go on")
         return code
     return _report(sweep, code or tuned)
+
+
+def _with_seeds(study: grid.Study, values: flags.FlagValues) -> tuple[grid.Study, list[int]]:
+    """The study with the seeds that --workdir began with, or else with those of --seeds; and those that it lacks."""
+    if values.seeds is None:
+        return study, []
+    given = seeds.parse(values.seeds)
+    there = SweepDirectory(values.workdir).seeds if values.workdir else []
+    study = dataclasses.replace(study, config=configs.override(study.config, {"seeds": there[0] if there else given}))
+    known = [seed for batch in there for seed in batch] or given
+    return study, [seed for seed in given if seed not in known]
 
 
 def _dry_run(cells: list[grid.Cell], tuning: Tuning | None) -> int:

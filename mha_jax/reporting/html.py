@@ -27,14 +27,15 @@ def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list
         table=table,
         pictures=[{"name": p.name, "title": p.title, "caption": p.caption, "svg": inline(p)} for p in pictures],
         cells=[
-            {"label": results.label(cell.overrides), "run": cell.run, "state": cell.state, "summary": cell.summary}
-            | ({"heads": f"../runs/{cell.run}/heads/index.html"} if cell.has_heads else {})
-            for cell in results.cells
+            {"label": label, "run": run.run, "state": run.state, "summary": run.summary}
+            | ({"heads": f"../runs/{run.run}/heads/index.html"} if run.has_heads else {})
+            for label, run in zip(results.labels, results.runs, strict=True)
         ],
         parts=PARTS,
         budget=_budget(results),
         provenance=caption(results),
         problems=results.problems,
+        tuned=results.tuning is not None,
         incidents=results.incidents,
     )
 
@@ -65,14 +66,14 @@ def _progress(results: Results) -> str:
 def _budget(results: Results) -> list[dict[str, Any]]:
     """Where each run's time went. A run that did not account for its time is left out."""
     budget = []
-    for cell in results.cells:
-        seconds = {part: float(cell.status.get("seconds", {}).get(part, 0.0)) for part in PARTS}
+    for label, run in zip(results.labels, results.runs, strict=True):
+        seconds = {part: float(run.status.get("seconds", {}).get(part, 0.0)) for part in PARTS}
         total = sum(seconds.values())
         if total > 0:
             outside = total - seconds["train"] - seconds["eval"]
             budget.append(
                 {
-                    "label": results.label(cell.overrides),
+                    "label": label,
                     "seconds": seconds,
                     "total": total,
                     "share": {part: 100 * value / total for part, value in seconds.items()},

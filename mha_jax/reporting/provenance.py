@@ -3,8 +3,10 @@
 from typing import Any
 
 from mha_jax.config import flatten
+from mha_jax.reporting.claims import allowed_error
 from mha_jax.reporting.results import Cell, Results
 from mha_jax.reporting.tables import count, head_shape
+from mha_jax.sweeps.seeds import in_words
 
 _SETTING = {
     "model.num_layers": "layers",
@@ -45,12 +47,12 @@ def caption(results: Results) -> list[tuple[str, str]]:
 def footer(results: Results) -> str:
     """One line for the foot of a figure."""
     commits = _each(results, "commit")
-    digest = next((d["sha256"] for c in results.cells if (d := c.status.get("data")) and "sha256" in d), None)
+    digest = next((d["sha256"] for run in results.runs if (d := run.status.get("data")) and "sha256" in d), None)
     parts = [
         config(results),
         f"commit {commits.split(', ')[0][:12]}" if commits else None,
         f"data {digest[:12]}" if digest else None,
-        f"seeds {_seeds(results)}",
+        f"seeds {in_words(seed for batch in results.batches for seed in batch)}",
         _each(results, "device_kind"),
     ]
     return "  ·  ".join(part for part in parts if part)
@@ -94,13 +96,20 @@ def _product(cell: Cell, width: str) -> int | None:
 
 
 def _seeds(results: Results) -> str:
-    seeds: list[Any] = list((results.sweep.get("base_config") or {}).get("seeds", []))
-    return f"{', '.join(map(str, seeds))} (n = {len(seeds)})" if seeds else "not recorded"
+    batches = [batch for batch in results.batches if batch]
+    seeds = [seed for batch in batches for seed in batch]
+    if len(batches) < 2:
+        return f"{', '.join(map(str, seeds))} (n = {len(seeds)})" if seeds else "not recorded"
+    return (
+        f"{in_words(seeds)} (n = {len(seeds)}: {' + '.join(str(len(batch)) for batch in batches)} seeds, added in "
+        f"{len(batches)} batches after a look at the earlier ones: intervals and p-values are those of a fixed n, "
+        f"claims are held at p ≤ {allowed_error(len(batches)):g} instead of {allowed_error(1):g})"
+    )
 
 
 def _each(results: Results, fact: str) -> str:
     """The distinct values that the runs, or else the sweep, recorded."""
-    found = [cell.status[fact] for cell in results.cells if cell.status.get(fact)] or [results.sweep.get(fact)]
+    found = [run.status[fact] for run in results.runs if run.status.get(fact)] or [results.sweep.get(fact)]
     return ", ".join(dict.fromkeys(_words(value) for value in found if value))
 
 
@@ -114,13 +123,13 @@ def _words(value: Any) -> str:
 
 def _versions(results: Results) -> str:
     found = results.sweep.get("versions") or next(
-        (c.status["versions"] for c in results.cells if "versions" in c.status), {}
+        (run.status["versions"] for run in results.runs if "versions" in run.status), {}
     )
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _data(results: Results) -> str:
-    return "; ".join(dict.fromkeys(_fingerprint(c.status["data"]) for c in results.cells if c.status.get("data")))
+    return "; ".join(dict.fromkeys(_fingerprint(run.status["data"]) for run in results.runs if run.status.get("data")))
 
 
 def _fingerprint(data: dict[str, Any]) -> str:

@@ -10,7 +10,9 @@ from etils import epath
 
 from mha_jax.config import flatten, plain
 from mha_jax.specs import UserError
+from mha_jax.sweeps.seeds import in_words
 from mha_jax.sweeps.store import read_json
+from mha_jax.sweeps.trials import Trial, read_trials, read_tuning
 from mha_jax.training.metrics import read_metrics
 
 MEDIANS = ("tokens_per_second", "step_seconds")
@@ -25,31 +27,74 @@ SHORT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """One cell of the grid and what its run directory holds so far."""
+class Run:
+    """One run directory of a cell and what it holds so far: some of the cell's seeds."""
 
     run: str
-    overrides: Mapping[str, Any]
-    reason: str | None  # why the cell is illegal, None where it is not
+    reason: str | None  # why its cell is illegal, None where it is not
     config: Mapping[str, Any] | None
     status: Mapping[str, Any]
     log: list[dict[str, Any]]
     has_heads: bool = False  # whether its heads have a page
+    gave_up: bool = False  # whether the reason is that tuning found no values for its cell
 
     @property
     def state(self) -> str:
-        return "illegal" if self.reason else str(self.status.get("state", "queued"))
+        if self.reason:
+            return "failed" if self.gave_up else "illegal"
+        return str(self.status.get("state", "queued"))
+
+    @property
+    def seeds(self) -> list[int]:
+        return list((self.config or {}).get("seeds", []))
 
     @property
     def summary(self) -> str:
-        """One phrase on where the cell stands, for instance "failed: out of memory"."""
+        """One phrase on where the run stands, for instance "failed: out of memory"."""
         if self.reason:
-            return f"illegal: {self.reason}"
+            return f"{self.state}: {self.reason}"
         if self.state == "failed":
             return f"failed: {self.status.get('error') or 'no message'} (traceback: runs/{self.run}/error.txt)"
         if self.state in ("running", "stopped"):
             return f"{self.state} at step {self.status.get('step', 0)} of {self.status.get('steps', '?')}"
         return self.state
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell of the grid: its run, then one for each batch of seeds that was added. Those that are done count, merged
+    by seed; where none is, all do."""
+
+    run: str
+    overrides: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    tuned: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what its trials chose, beside its overrides
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def counted(self) -> list[Run]:
+        return [run for run in self.runs if run.state == "done"] or list(self.runs)
+
+    @property
+    def state(self) -> str:
+        return self.counted[0].state
+
+    @property
+    def summary(self) -> str:
+        """One phrase on where the first run that counts stands."""
+        return self.counted[0].summary
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        return self.counted[0].config
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        return self.counted[0].status
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return [row for run in self.counted for row in run.log]
 
     @functools.cached_property
     def curves(self) -> dict[str, dict[int, dict[int, float]]]:
@@ -77,15 +122,40 @@ class Results:
     sweep: Mapping[str, Any]
     cells: list[Cell]
     problems: list[str]
+    tuning: Mapping[str, Any] | None = None  # what was searched for each cell, as tuning/trials.json records it
 
     @property
     def done(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.state == "done"]
 
     @property
+    def runs(self) -> list[Run]:
+        """All runs of all cells, cell by cell."""
+        return [run for cell in self.cells for run in cell.runs]
+
+    @property
+    def labels(self) -> list[str]:
+        """What each of `runs` is called: as its cell, with its seeds where the cell has several runs."""
+        called = []
+        for cell in self.cells:
+            label = self.label(cell.overrides)
+            called += [f"{label}, seeds {in_words(r.seeds)}" if len(cell.runs) > 1 else label for r in cell.runs]
+        return called
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """Label and reason of every run that has not finished."""
+        return [(label, run.summary) for label, run in zip(self.labels, self.runs, strict=True) if run.state != "done"]
+
+    @property
+    def batches(self) -> list[list[int]]:
+        """The seeds of the sweep; more than one list where some were added later, after a look at the others."""
+        return self.sweep.get("batches") or [list((self.sweep.get("base_config") or {}).get("seeds", []))]
+
+    @property
     def incidents(self) -> list[str]:
         """What went wrong on the way and was survived: attempts that were cut short, files that were damaged."""
-        return [f"{cell.run}: {line}" for cell in self.cells for line in cell.status.get("incidents", [])]
+        return [f"{run.run}: {line}" for run in self.runs for line in run.status.get("incidents", [])]
 
     @functools.cached_property
     def base(self) -> Cell | None:
@@ -96,6 +166,11 @@ class Results:
     def swept(self) -> list[str]:
         """Dotted names of the fields that any cell sets, in the order of the grid."""
         return list(dict.fromkeys(name for cell in self.cells for name in cell.overrides))
+
+    @property
+    def tuned(self) -> list[str]:
+        """Dotted names of the fields that each cell chose for itself."""
+        return list((self.tuning or {}).get("fields", {}))
 
     @functools.cached_property
     def metrics(self) -> list[str]:
@@ -139,16 +214,18 @@ class Results:
         What a run did not measure is absent from its row, never zero.
         """
         rows = []
+        fields = (*self.swept, *self.tuned)
         for cell in self.done:
-            flat = flatten(cell.config or {})
             columns = {name: cell.values(name) for name in self.metrics}
             columns |= {name: cell.training(name) for name in (*MEDIANS, *LARGEST)}
-            for seed in flat.get("seeds", []):
-                row = {"run": cell.run, "seed": seed, **{name: flat.get(name) for name in self.swept}}
-                row |= {name: values[seed] for name, values in columns.items() if seed in values}
-                if "predicted_peak_bytes" in cell.status:
-                    row["predicted_peak_bytes"] = cell.status["predicted_peak_bytes"]
-                rows.append(row)
+            for run in cell.counted:
+                flat = flatten(run.config or {})
+                for seed in run.seeds:
+                    row = {"run": run.run, "seed": seed, **{name: flat.get(name) for name in fields}}
+                    row |= {name: values[seed] for name, values in columns.items() if seed in values}
+                    if "predicted_peak_bytes" in run.status:
+                        row["predicted_peak_bytes"] = run.status["predicted_peak_bytes"]
+                    rows.append(row)
         return rows
 
 
@@ -161,16 +238,36 @@ def read(workdir: epath.PathLike) -> Results:
     sweep = _json(workdir / "sweep.json", problems)
     if "cells" not in sweep:
         raise UserError(f"{workdir / 'sweep.json'} is damaged; run the sweep again, which writes it anew")
+    tuning, trials = _tuning(workdir, problems)
     cells = []
     for cell in sweep.get("cells", []):
-        directory = workdir / "runs" / cell["run"]
-        log, corrupt = read_metrics(directory / "metrics.jsonl")
-        problems += corrupt
-        config = _json(directory / "config.json", problems) or None
-        status = _json(directory / "status.json", problems)
-        heads = (directory / "heads" / "index.html").exists()
-        cells.append(Cell(cell["run"], cell["overrides"], cell.get("reason"), config, status, log, heads))
-    return Results(sweep, cells, problems)
+        names = [cell["run"], *cell.get("added", [])]
+        runs = tuple(_run(workdir / "runs" / name, cell, problems) for name in names)
+        tried = tuple(trial for trial in trials if trial.cell == cell.get("untuned", cell["run"]))
+        cells.append(Cell(cell["run"], cell["overrides"], runs, cell.get("tuned") or {}, tried))
+    return Results(sweep, cells, problems, tuning)
+
+
+def _tuning(workdir: epath.Path, problems: list[str]) -> tuple[dict[str, Any] | None, list[Trial]]:
+    try:
+        return read_tuning(workdir), read_trials(workdir)
+    except UserError as error:
+        problems.append(str(error))
+        return None, []
+
+
+def _run(directory: epath.Path, cell: Mapping[str, Any], problems: list[str]) -> Run:
+    log, corrupt = read_metrics(directory / "metrics.jsonl")
+    problems += corrupt
+    return Run(
+        run=directory.name,
+        reason=cell.get("reason"),
+        config=_json(directory / "config.json", problems) or None,
+        status=_json(directory / "status.json", problems),
+        log=log,
+        has_heads=(directory / "heads" / "index.html").exists(),
+        gave_up="untuned" in cell,
+    )
 
 
 def _json(path: epath.Path, problems: list[str]) -> dict[str, Any]:

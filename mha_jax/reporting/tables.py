@@ -77,8 +77,7 @@ def make(results: Results) -> Table:
         )
         rows.append(dataclasses.replace(row, text=_text(row, results)))
     used = {name for row in rows for name in row.text}
-    missing = [(results.label(c.overrides), c.summary) for c in results.cells if c.state != "done"]
-    return Table(tuple(c for c in _columns(results) if c in used), tuple(rows), tuple(missing))
+    return Table(tuple(c for c in _columns(results) if c in used), tuple(rows), tuple(results.missing))
 
 
 def _differences(cell: Cell, base: Cell | None, metrics: list[str]) -> dict[str, Estimate]:
@@ -102,7 +101,8 @@ def with_unit(metric: str) -> str:
 def _columns(results: Results) -> list[str]:
     """Every column that a row may have, in order."""
     decide = deciding(results)
-    order = ["cell", "h", "h_kv", "d_k", "d_v", *(n for n in results.swept if n not in _SHAPE), *_COSTS]
+    order = ["cell", "h", "h_kv", "d_k", "d_v", *(n for n in results.swept if n not in _SHAPE)]
+    order += [*map(_tuned, results.tuned), "tuned by", *_COSTS]
     for m in headlines(results):
         order.append(heading(m))
         order += [_delta(m), _p(m)] if m in decide else []
@@ -122,6 +122,10 @@ def _p(metric: str) -> str:
     return f"p {heading(_leaf(metric))}"
 
 
+def _tuned(field: str) -> str:
+    return f"tuned {_leaf(field.replace('.', '/')).replace('_', ' ')}"
+
+
 def _paper(metric: str) -> str:
     return f"paper {heading(_leaf(metric))}"
 
@@ -132,6 +136,10 @@ def _text(row: Row, results: Results) -> dict[str, str]:
     for name in results.swept:
         if name not in _SHAPE:
             text[name] = str(flatten(cell.config or {}).get(name))
+    text |= {_tuned(name): short(value) for name, value in cell.tuned.items()}
+    if cell.tuned and results.tuning:
+        seeds = len(results.tuning["seeds"])
+        text["tuned by"] = f"{len(cell.trials)} trials × {seeds} seed{'s' * (seeds > 1)}"
     text |= {name: count(status[key]) for name, key in _COSTS.items() if key in status}
     for m, e in row.estimates.items():
         text[heading(m)] = plus_minus(m, e)
@@ -181,6 +189,11 @@ def count(value: int | float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def short(value: Any) -> str:
+    """A setting as a reader types it: "0.002", "cosine"."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def memory(value: int | float | None) -> str:

@@ -11,6 +11,7 @@ from etils import epath
 
 from mha_jax.specs import UserError
 from mha_jax.sweeps.grid import Cell
+from mha_jax.sweeps.seeds import with_seeds
 from mha_jax.sweeps.store import Busy, RunDirectory, SweepDirectory, read_json, write_json
 from mha_jax.sweeps.trials import tuned_cells
 from mha_jax.training import manifests
@@ -34,7 +35,8 @@ def mend_sweep(path: epath.PathLike, cells: Sequence[Cell]) -> list[str]:
             raise UserError(f"{damage}, and none of this sweep's cells was trained there, but {trained[0]} was")
         (sweep.path / "sweep.json").unlink()
         found.append(f"{damage}: written anew")
-    for directory in map(RunDirectory, map(sweep.run_path, legal)):
+    added = [cell for batch in sweep.seeds[1:] for cell in with_seeds(cells, batch) if cell.reason is None]
+    for directory in map(RunDirectory, map(sweep.run_path, [*legal, *(cell.run_id for cell in added)])):
         found += mend_directory(directory)
     return found
 

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mha_jax import config as configs
 from mha_jax.specs import UserError
-from mha_jax.sweeps import grid
+from mha_jax.sweeps import grid, seeds
 
 
 class Busy(UserError):
@@ -151,14 +151,27 @@ class SweepDirectory:
 
     @classmethod
     def create(
-        cls, path: epath.PathLike, study: grid.Study, made: list[grid.Cell], facts: Mapping[str, Any]
+        cls,
+        path: epath.PathLike,
+        study: grid.Study,
+        made: list[grid.Cell],
+        facts: Mapping[str, Any],
+        more_seeds: Sequence[int] = (),
     ) -> "SweepDirectory":
         """Makes the directory, or opens the one that is there, and writes sweep.json and a directory a legal cell.
 
         Args:    facts: versions, commit, devices: what is recorded beside the grid.
+                 more_seeds: those that no run has yet get a further run in every cell, of the cell's own config.
         Raises:  UserError with the difference where it holds another sweep.
         """
         directory = cls(path)
+        file = directory.path / "sweep.json"
+        # Where sweep.json was lost, the runs themselves say which seeds were added.
+        earlier = directory.seeds[1:] if file.exists() else directory._found_seeds(made)
+        batches = [tuple(study.config.seeds), *earlier]
+        new_seeds = tuple(seed for seed in more_seeds if not any(seed in batch for batch in batches))
+        batches += [new_seeds] if new_seeds else []
+        added = [seeds.with_seeds(made, batch) for batch in batches[1:]]
         new = {
             "config_file": study.path,
             "config_sha256": study.sha256,
@@ -166,20 +179,22 @@ class SweepDirectory:
             "docstring": study.docstring,
             "base_config": configs.plain(study.config),
             "base": grid.base_run_id(study, made),
-            "cells": [_cell(cell) for cell in made],
+            "cells": [_cell(cell, more) for cell, *more in zip(made, *added, strict=True)],
+            "batches": configs.plain(batches),
             "tuning": configs.plain(study.tuning),
             "paper": configs.plain(study.paper),
             "claims": configs.plain(study.claims),
             **facts,
         }
-        file = directory.path / "sweep.json"
         if file.exists() and directory.in_use:
-            changes = _changes(read_json(file), new)
+            old = read_json(file)
+            _check_seeds(directory.path, old, new)
+            changes = _changes(old, new)
             if changes:
                 raise UserError(f"{directory.path} holds another sweep: {'; '.join(changes)}")
         # A cell whose values are still being searched has no run yet.
-        ready = [cell for cell in made if cell.reason is None and (study.tuning is None or cell.untuned)]
-        for cell in ready:
+        legal = [cell for cells in (made, *added) for cell in cells if cell.reason is None]
+        for cell in (cell for cell in legal if study.tuning is None or cell.untuned):
             RunDirectory.create(directory.run_path(cell.run_id), cell.config)
         write_json(file, new)
         return directory
@@ -198,17 +213,54 @@ class SweepDirectory:
         return read_json(self.path / "sweep.json")
 
     @property
+    def seeds(self) -> list[tuple[int, ...]]:
+        """The seeds that the sweep began with, then those of each time that some were added; none before it trains."""
+        if not self.in_use or not (self.path / "sweep.json").exists():
+            return []
+        facts = self.facts
+        return [tuple(batch) for batch in facts.get("batches", [facts["base_config"]["seeds"]])]
+
+    def _found_seeds(self, made: Sequence[grid.Cell]) -> list[tuple[int, ...]]:
+        """The seeds that were added, from runs that differ from the first legal cell by theirs only."""
+        first = next(cell.config for cell in made if cell.reason is None)
+        found = []
+        for file in (self.path / "runs").glob("*/config.json"):
+            with contextlib.suppress(UserError):  # a damaged config.json tells no seeds
+                config = read_json(file)
+                if [change.split(":")[0] for change in configs.diff(first, config)] == ["seeds"]:
+                    found.append(tuple(config["seeds"]))
+        return sorted(found)
+
+    @property
     def runs(self) -> list[RunDirectory]:
-        """The directories of the legal cells, in the order of the grid; none of a cell that is yet to be tuned."""
+        """The directories of the legal cells, in the order of the grid, then the same with seeds that were added.
+
+        A cell that is yet to be tuned has none.
+        """
         facts = self.facts
         pending = facts.get("tuning") is not None
         ready = [c for c in facts["cells"] if c["reason"] is None and not (pending and "untuned" not in c)]
-        return [RunDirectory(self.run_path(cell["run"])) for cell in ready]
+        names = [cell["run"] for cell in ready]
+        for number in range(len(facts.get("batches", [])) - 1):
+            names += [cell["added"][number] for cell in ready]
+        return [RunDirectory(self.run_path(name)) for name in names]
 
 
-def _cell(cell: grid.Cell) -> dict[str, Any]:
+def _cell(cell: grid.Cell, more: Sequence[grid.Cell]) -> dict[str, Any]:
+    """`more`: the same cell with seeds that were added."""
     facts = {"run": cell.run_id, "overrides": configs.plain(cell.overrides), "reason": cell.reason}
+    facts |= {"added": [other.run_id for other in more]} if more else {}
     return facts if cell.untuned is None else facts | {"tuned": configs.plain(cell.tuned), "untuned": cell.untuned}
+
+
+def _check_seeds(path: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Other seeds are no other sweep, though a config cannot say so: the flag that can is named."""
+    if [change.split(":")[0] for change in configs.diff(old["base_config"], new["base_config"])] != ["seeds"]:
+        return
+    before, after = (set(facts["base_config"]["seeds"]) for facts in (old, new))
+    told = f"{path} holds this sweep with seeds {seeds.in_words(before)}, and the config says {seeds.in_words(after)}"
+    more = f"add others, give --seeds={seeds.in_words(after - before)}"
+    raise UserError(f"{told}; to {more if before < after else f'go on, give --seeds={seeds.in_words(before)}'}")
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

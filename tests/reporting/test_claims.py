@@ -8,7 +8,8 @@ DEFAULT, VASWANI = "configs/default.py", "configs/vaswani2017_table3.py:paper"
 
 
 def check(sweep, **claim):
-    return claims.check(claims.parse({"text": "…", **claim}), results.read(sweep.path))
+    (verdict,) = claims.check([claims.parse({"text": "…", **claim})], results.read(sweep.path))
+    return verdict
 
 
 @pytest.mark.parametrize(
