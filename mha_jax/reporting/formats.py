@@ -43,6 +43,7 @@ def csv_text(table: Table) -> str:
     rows = []
     for row in table.rows:
         line: dict[str, Any] = {"run": row.cell.run, "cell": row.label, "base": row.is_base, **head_shape(row.cell)}
+        line |= row.cell.tuned
         line |= {key: row.cell.status.get(key) for key in ("parameters", "flops_per_token", "kv_cache_bytes_per_token")}
         for m, e in row.estimates.items():
             line |= {m: e.mean, f"{m} low": e.low, f"{m} high": e.high, f"{m} n": e.n}

@@ -6,6 +6,7 @@ from mha_jax.config import flatten
 from mha_jax.reporting.claims import allowed_error
 from mha_jax.reporting.results import Cell, Results
 from mha_jax.reporting.tables import count, head_shape
+from mha_jax.reporting.trials import notes
 from mha_jax.sweeps.seeds import in_words
 
 _SETTING = {
@@ -32,6 +33,7 @@ def caption(results: Results) -> list[tuple[str, str]]:
         ("how to read", _HOW_TO_READ),
         ("held fixed", held_fixed(results)),
         ("seeds", _seeds(results)),
+        *notes(results),
         ("base", results.label(results.base.overrides) if results.base else "none"),
         ("config", config(results)),
         ("commit", _each(results, "commit") or "not a git checkout"),
@@ -85,7 +87,7 @@ def held_fixed(results: Results) -> str:
     flats = [flatten(cell.config or {}) for cell in cells]
     for field, name in _SETTING.items():
         values = {str(flat.get(field)) for flat in flats} - {"None"}
-        if len(values) == 1:
+        if len(values) == 1 and field not in results.tuned:
             parts.append(f"{name} {values.pop()}")
     return ", ".join(parts)
 

@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from mha_jax.reporting import claims, formats, html, plots, provenance, results, tables
+from mha_jax.reporting import claims, formats, html, plots, provenance, results, tables, trials, tuning
 
 
 def build_report(workdir: epath.PathLike) -> epath.Path:
@@ -22,6 +22,9 @@ def build_report(workdir: epath.PathLike) -> epath.Path:
     (directory / "table.tex").write_text(formats.latex(table, caption))
     (directory / "results.csv").write_text(formats.rows_as_csv(found.rows()))
     pictures = plots.draw(found, table, directory)
+    if found.tuning is not None:
+        (directory / "tuning.csv").write_text(formats.rows_as_csv(trials.rows(found)))
+        pictures += filter(None, [tuning.draw(found, directory)])
     page = directory / "index.html"
     page.write_text(html.page(found, table, verdicts, pictures))
     return page
