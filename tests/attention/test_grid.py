@@ -136,7 +136,7 @@ def check(cell: Cell, backend: str, seed: int) -> bool:
 
 
 GRID = cells(CELLS)
-# The whole grid (MHA_JAX_GRID=1) takes a quarter of an hour on two cores: elsewhere each eighth cell runs, or as many as
+# The whole grid (MHA_JAX_GRID=1) takes a quarter of an hour on two cores: else each eighth cell runs, or as many as
 # the variable says.
 RUN = range(0, CELLS, int(os.environ.get("MHA_JAX_GRID", "8")))
 
