@@ -29,6 +29,7 @@ def get_config(profile: str = "") -> ConfigDict:
     config.task = "lm"
     config.seeds = (0, 1, 2)
     config.parallel = "jit"
+    config.pack = "auto"  # cells of one shape trained together: at most so many seeds of all, or what fits and pays
     config.mesh = ConfigDict({"seed": 1, "data": placeholder(int), "head": 1})
     config.parent = placeholder(dict)  # written by experiments.heads into the runs that it makes
 

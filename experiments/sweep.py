@@ -6,6 +6,7 @@ Run again, it skips what is done and goes on with the rest. `--seeds=3..9` adds 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -13,7 +14,7 @@ from etils import epath
 from experiments import cli
 from mha_jax import config as configs
 from mha_jax.specs import UserError
-from mha_jax.sweeps import grid, preparation, provenance, seeds
+from mha_jax.sweeps import grid, packing, preparation, provenance, seeds
 from mha_jax.sweeps.cell import Exit
 from mha_jax.sweeps.executors import local
 from mha_jax.sweeps.mending import mend_sweep
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     preparation.prepare_data(cells, sweep.path)
 
     def train(runs: Sequence[RunDirectory]) -> Exit:
-        return local.run(runs, workers=values.workers or local.default_workers(devices["platform"], len(runs)))
+        return _run_local(runs, values.workers, devices or preparation.devices())
 
     tuned = Exit.DONE
     if tuning is not None:
@@ -82,6 +83,11 @@ def _with_seeds(study: grid.Study, values: flags.FlagValues) -> tuple[grid.Study
     study = dataclasses.replace(study, config=configs.override(study.config, {"seeds": there[0] if there else given}))
     known = [seed for batch in there for seed in batch] or given
     return study, [seed for seed in given if seed not in known]
+
+
+def _run_local(runs: Sequence[RunDirectory], workers: int | None, devices: dict[str, Any]) -> Exit:
+    workers = workers or local.default_workers(devices["platform"], len(runs))
+    return local.run(packing.packs(runs, workers=workers, devices=devices), workers=workers)
 
 
 def _dry_run(cells: list[grid.Cell], tuning: Tuning | None) -> int:

@@ -5,7 +5,7 @@ Nothing is remembered between calls: a resumed run, another device count or anot
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -79,6 +79,18 @@ def batch_shapes(spec: DataSpec, task: str) -> list[dict[str, jax.ShapeDtypeStru
     return [of(length, rows) for length, rows in _buckets(spec, task)]
 
 
+class Share(NamedTuple):
+    """The rows from first/of to end/of of every batch."""
+
+    first: int = 0
+    end: int = 1
+    of: int = 1
+
+    def rows(self, count: int) -> slice:
+        """Where they lie in a batch of so many rows, of which `of` is a divisor."""
+        return slice(count * self.first // self.of, count * self.end // self.of)
+
+
 class Data:
     """The data of a run.
 
@@ -113,22 +125,30 @@ class Data:
         last = len(self._buckets) - 1
         return [np.flatnonzero((bucket if drop else np.minimum(bucket, last)) == b) for b in range(last + 1)]
 
-    def train_batch(self, seed: int, step: int) -> Batch:
-        """The batch that the seed takes at a step (from 0). Its shape depends on the step alone."""
+    def train_batch(self, seed: int, step: int, share: Share = Share()) -> Batch:  # noqa: B008 (immutable)
+        """The batch that the seed takes at a step (from 0), or a share of its rows. The step alone tells its shape."""
         bucket, rows = self._schedule.at(seed, step)
-        return self._batch("train", rows, self._buckets[bucket][0], (seed, step))
+        length, own = self._buckets[bucket][0], share.rows(len(rows))
+        if self._masking is not None:  # draws what is hidden for the whole batch at once
+            batch = self._batch("train", rows, length, (seed, step))
+            return {name: leaf[own] for name, leaf in batch.items()}
+        batch = self._batch("train", rows[own], length, (seed, step))
+        return {**batch, "row": batch["row"] + np.int32(own.start)}
 
     def _batch(self, split: str, rows: np.ndarray, length: int, seed_step: tuple[int, int] | None) -> Batch:
         batch = self._batches.batch(split, rows, length)
         return batch if self._masking is None else self._masking.hide(batch, rows, seed_step)
 
-    def train_stream(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
-        """`train_batch` of all seeds stacked [R, B, ...], from step `start` on, made ahead in a thread by grain."""
+    def train_stream(self, seeds: Sequence[int], start: int = 0, share: Share = Share()) -> Iterator[Batch]:  # noqa: B008
+        """`train_batch` of all seeds stacked [R, B, ...], from step `start` on, made ahead in a thread by grain.
+
+        A seed may stand there more than once, as in a pack of runs.
+        """
         import grain
 
         def stacked(step: int) -> Batch:
-            parts = [self.train_batch(seed, int(step)) for seed in seeds]
-            return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+            own = {seed: self.train_batch(seed, int(step), share) for seed in set(seeds)}
+            return {name: np.stack([own[seed][name] for seed in seeds]) for name in own[seeds[0]]}
 
         steps = grain.MapDataset.range(start, np.iinfo(np.int32).max).map(stacked)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))

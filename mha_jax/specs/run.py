@@ -62,10 +62,14 @@ class RunSpec:
     gates: GatesSpec = GatesSpec()  # noqa: RUF009 (specs are frozen)
     # The run, seed and step whose state this one was cut out of, and how; its training starts from a checkpoint only.
     parent: Mapping[str, Any] | None = None
+    # How many members (runs times seeds) a sweep may train together in one program; "auto": sweeps/packing.py decides.
+    pack: int | str = "auto"
 
     def __post_init__(self) -> None:
         choice("task", self.task, tuple(ATTENTION_KINDS))
         choice("parallel", self.parallel, ("jit", "pmap"))
+        if self.pack != "auto" and not (str(self.pack).isdecimal() and int(self.pack) >= 1):  # a flag gives text
+            raise UserError(f"pack={self.pack!r} must be 'auto' or an integer of at least 1")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds={self.seeds!r} must be distinct integers, at least one")
         for kind in ATTENTION_KINDS[self.task]:

@@ -14,7 +14,7 @@ from mha_jax.sweeps.cell import data_dir
 from mha_jax.sweeps.opening import OpenedRun
 from mha_jax.sweeps.store import RunDirectory
 from mha_jax.training.checkpoints import Checkpoints
-from mha_jax.training.loop import Window
+from mha_jax.training.part import Window
 from mha_jax.training.step import State
 
 

@@ -76,6 +76,8 @@ def mend_run(directory: RunDirectory) -> list[str]:
 def _unread_metrics(directory: RunDirectory, status: dict[str, Any]) -> list[str]:
     rows, corrupt = read_metrics(directory.path / "metrics.jsonl")
     last = status.get("step")
+    if last != status.get("steps"):
+        return []  # a trial that was given up
     if not corrupt and any(row["step"] == last and row["split"] != "train" for row in rows):
         return []
     try:

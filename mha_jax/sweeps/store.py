@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from mha_jax import config as configs
 from mha_jax.specs import UserError
 from mha_jax.sweeps import grid, seeds
+from mha_jax.training import hosts
 
 
 class Busy(UserError):
@@ -99,15 +100,22 @@ class RunDirectory:
         return self.status["state"]
 
     def update(self, **facts: Any) -> None:
-        """Sets facts of status.json and leaves the others."""
+        """Sets facts of status.json and leaves the others. Of several processes of a run the first one does."""
+        if not hosts.first():
+            return
         write_json(self.path / "status.json", {**self.status, **facts})
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process. The lock ends with the process, however that ends.
+        """Holds the run for this process, or where it is one of several for them all: then the first does it.
+
+        The lock ends with the process, however that ends.
 
         Raises: Busy where another process holds it.
         """
+        if not hosts.first():
+            yield
+            return
         with self.beside("lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,6 +143,12 @@ class RunDirectory:
             return Path(self.path) / name
         key = hashlib.sha256(os.fspath(self.path).encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"mha_jax-{key}-{name}"
+
+    @property
+    def prediction(self) -> str:
+        """ " (1,234 MiB were predicted)": the peak of its memory; empty where nothing was predicted yet."""
+        peak = self.status.get("predicted_peak_bytes")
+        return "" if peak is None else f" ({peak / 2**20:,.0f} MiB were predicted)"
 
     @property
     def failure(self) -> str:
@@ -211,6 +225,11 @@ class SweepDirectory:
     @property
     def facts(self) -> dict[str, Any]:
         return read_json(self.path / "sweep.json")
+
+    def place(self, run_id: str) -> int:
+        """Which cell of the grid, counted from 0, a run is; 0 for one that is none."""
+        cells = self.facts["cells"] if (self.path / "sweep.json").exists() else []
+        return next((place for place, cell in enumerate(cells) if cell["run"] == run_id), 0)
 
     @property
     def seeds(self) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ from etils import epath
 
 from mha_jax.specs import UserError
 from mha_jax.storage import refusal
-from mha_jax.training import manifests
+from mha_jax.training import hosts, manifests
 
 _UNFINISHED = "orbax-checkpoint-tmp"
 
@@ -74,7 +74,7 @@ class Checkpoints:
         self._saving = (step, self._worker.submit(self._finish, step, facts))
 
     def wait(self) -> None:
-        """Returns when nothing is being saved any more.
+        """Returns when nothing is being saved any more, by any of the run's processes.
 
         Raises: what saving failed with; UserError where the disk is full or read-only, naming the last good step.
         """
@@ -86,6 +86,7 @@ class Checkpoints:
         except Exception as error:
             self._raise_if_refused(step, error)
             raise
+        hosts.barrier(f"checkpoint {step}")  # the first process has sealed it
 
     def close(self) -> None:
         """Waits like `wait`, then lets go of the threads."""
@@ -117,20 +118,30 @@ class Checkpoints:
             f"checkpoint {path.name} was never finished" for path in self._entries() if _UNFINISHED in path.name
         ]
         for candidate in [step] if step is not None else sorted(self._step_paths(), reverse=True):
-            try:
-                manifest = manifests.verify(self._path(candidate))
-            except manifests.Damaged as damage:
-                self._damaged.add(candidate)
-                self.problems.append(f"checkpoint step {candidate} {damage}")
-                continue
-            return Restored(candidate, self._load(candidate, manifest, abstract_state), manifest["metadata"])
+            manifest = self._verified(candidate)
+            if manifest is not None:
+                return Restored(candidate, self._load(candidate, manifest, abstract_state), manifest["metadata"])
         if step is not None:
             raise UserError(f"{self.problems[-1]}; good steps are {self.steps()}")
         return None
 
+    def _verified(self, step: int) -> dict[str, Any] | None:
+        """The manifest of a good step. Of several processes the first reads every file, and the others believe it."""
+        found, problem = None, "is damaged, as the first process has found"
+        try:
+            if hosts.first():
+                found = manifests.verify(self._path(step))
+        except manifests.Damaged as damage:
+            problem = str(damage)
+        if hosts.from_first(found is not None):
+            return found or manifests.read(self._path(step))
+        self._damaged.add(step)
+        self.problems.append(f"checkpoint step {step} {problem}")
+        return None
+
     def _finish(self, step: int, facts: dict[str, Any]) -> None:
-        self._checkpointer().wait_until_finished()
-        if jax.process_index() == 0:
+        self._checkpointer().wait_until_finished()  # on the first process: all have written
+        if hosts.first():
             manifests.seal(self._path(step), facts)
             self._remove_all_but_kept()
 

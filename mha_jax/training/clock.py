@@ -12,6 +12,12 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._started = time.perf_counter()
+
+    @property
+    def other(self) -> float:
+        """Seconds since the clock was made that are in no category."""
+        return time.perf_counter() - self._started - sum(self.seconds.values())
 
     @contextlib.contextmanager
     def __call__(self, category: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ import jax
 from mha_jax.cores import num_cores
 from mha_jax.data import batch_shapes
 from mha_jax.specs import RunSpec
+from mha_jax.training import hosts
 
 
 def cpu_devices(run: RunSpec, cores: int) -> int:
@@ -24,6 +25,15 @@ def cpu_devices(run: RunSpec, cores: int) -> int:
     return fixed * max(fit, default=1)
 
 
+def devices_each(run: RunSpec, processes: int) -> int:
+    """How many CPU devices each of several processes makes: one, or as many as a mesh asks for that needs more.
+
+    With more than one a process, every step is waited for (`hosts.settled`), and processes are as good as devices.
+    """
+    asked = run.mesh.seed * run.mesh.head * (run.mesh.data or 1)
+    return -(-asked // processes)
+
+
 def use_cores(run: RunSpec) -> None:
     """Tells JAX how many CPU devices to make, unless XLA_FLAGS does. Comes before anything else that touches a device.
 
@@ -31,5 +41,7 @@ def use_cores(run: RunSpec) -> None:
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
+    processes = hosts.group().num_processes
+    count = devices_each(run, processes) if processes > 1 else cpu_devices(run, num_cores())
     with contextlib.suppress(RuntimeError):  # JAX has started, as in a notebook: its devices are what they are
-        jax.config.update("jax_num_cpu_devices", cpu_devices(run, num_cores()))
+        jax.config.update("jax_num_cpu_devices", count)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mha_jax.models.losses import Batch, loss_sums
 from mha_jax.specs import RunSpec
+from mha_jax.training import hosts
 from mha_jax.training.step import State, merge
 
 
@@ -27,7 +28,8 @@ def first_non_finite(run: RunSpec, state: State, index: int, batch: Batch) -> st
     """
     # A scan shows no layer's output; unrolled, the parameters are the same.
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers="unrolled", remat="none"))
-    params, constants = jax.tree.map(lambda leaf: leaf[index], (state["params"], state["constants"]))
+    trees = hosts.on_host((state["params"], state["constants"]))
+    params, constants = jax.tree.map(lambda leaf: leaf[index], trees)
     batch = jax.tree.map(jnp.asarray, batch)
     if name := _broken(params):
         return f"parameter {name}"

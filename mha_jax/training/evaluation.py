@@ -13,6 +13,7 @@ from mha_jax.heads import gating
 from mha_jax.models.decoding import translate
 from mha_jax.models.losses import Batch
 from mha_jax.specs import RunSpec
+from mha_jax.training import hosts
 from mha_jax.training.metrics import bleu, perplexity
 from mha_jax.training.parallel import JitProgram
 from mha_jax.training.step import merge, over_seeds
@@ -56,15 +57,16 @@ def translations(program: JitProgram, params: Any, constants: Any, data: Data, s
     def all_seeds(params: Any, constants: Any, batch: Batch) -> jax.Array:
         return over_seeds(run, lambda params, constants: one(params, constants, batch))(params, constants)
 
-    search = jax.jit(all_seeds)
+    search = program.reading(all_seeds)
     total = len(data.references(split))
     wanted = min(total, decoding.max_sentences or total)
-    outputs: list[list[str]] = [[""] * wanted for _ in run.seeds]
+    outputs: list[list[str]] = [[""] * wanted for _ in range(jax.tree.leaves(params)[0].shape[0])]
     for source, lengths, index in _decoding_batches(run, data, split, wanted):
         batch = program.spread({"source": source, "lengths": lengths})
         tokens = np.asarray(
             program.compiled_for("translate", search, params, constants, batch)(params, constants, batch)
         )
+        hosts.beat()
         for seed, seed_tokens in enumerate(tokens):
             for row, position in enumerate(index):
                 if position >= 0:
@@ -108,12 +110,12 @@ def count_heads(run: RunSpec, params: Any, constants: Any) -> dict[str, np.ndarr
     if not run.gates.prunes:
         return {}
     counts = jax.vmap(lambda *trees: gating.heads_alive(merge(run, *trees)))(params, constants)
-    return {name: np.asarray(count) for name, count in counts.items()}
+    return {name: np.asarray(count) for name, count in hosts.on_host(counts).items()}
 
 
 def seed_gates(run: RunSpec, params: Any, constants: Any) -> dict[str, dict[str, list[float]]]:
     """{seed: {attention: the factor of each head in evaluation}}, as gates.json holds it."""
-    gates = jax.vmap(lambda *trees: gating.head_gates(merge(run, *trees)))(params, constants)
+    gates = hosts.on_host(jax.vmap(lambda *trees: gating.head_gates(merge(run, *trees)))(params, constants))
     return {
         str(seed): {name: np.asarray(gate_RH)[index].tolist() for name, gate_RH in gates.items()}
         for index, seed in enumerate(run.seeds)

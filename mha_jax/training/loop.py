@@ -1,13 +1,12 @@
-"""The training loop of one run, all its seeds at once: evaluate and save if due, then take the batch, then step.
+"""The training loop of a pack, all seeds of all its runs at once: evaluate and save if due, take the batch, then step.
 
-What it leaves in the run's directory is a function of the config: a run that was stopped or killed at any moment and
-started again ends with the same parameters and the same metrics (timings aside).
+A pack is runs of one shape: they differ in seeds, learning rate and weight decay. A run alone is a pack of one. What
+each leaves in its directory is a function of its own config: a run that was stopped or killed at any moment and started
+again, alone or with others, ends with the same parameters and the same metrics (timings aside).
 """
 
 import contextlib
-import dataclasses
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,280 +14,277 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from mha_jax.config import config_hash
-from mha_jax.data import load
-from mha_jax.models import cost
+from mha_jax.data import Data, load
 from mha_jax.specs import RunSpec, UserError
-from mha_jax.training.checkpoints import Checkpoints
+from mha_jax.training import hosts
 from mha_jax.training.clock import Clock
 from mha_jax.training.diagnosis import first_non_finite
-from mha_jax.training.evaluation import average, count_heads, evaluate, evaluate_bleu, seed_gates
+from mha_jax.training.evaluation import count_heads, evaluate, evaluate_bleu
 from mha_jax.training.finished import parent_state, with_parent
-from mha_jax.training.metrics import MetricsLog
+from mha_jax.training.optimizers import hyperparameters
 from mha_jax.training.parallel import JitProgram, make_program
-from mha_jax.training.step import State
+from mha_jax.training.part import NonFiniteLoss, Part
+from mha_jax.training.step import State, init_state
+
+Outcome = Literal["done", "stopped"] | Exception
 
 
-class NonFiniteLoss(RuntimeError):
-    """Loss or gradient is NaN or infinite. The last checkpoint is from before."""
+class _Pack:
+    """The pieces of a pack in progress. `_train` below is the story; these are its verbs."""
 
-
-@dataclasses.dataclass
-class Window:
-    """The training log since its last line. It is saved with the state, so that a resumed run logs the same means."""
-
-    steps: int = 0
-    loss: np.ndarray | float = 0.0
-    tokens: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, metrics: dict[str, np.ndarray]) -> None:
-        self.steps += 1
-        self.loss = self.loss + np.asarray(metrics["loss"], np.float64)
-        self.tokens += float(metrics["tokens"].sum())
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "loss": np.asarray(self.loss).tolist()}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> "Window":
-        return cls(**{**saved, "loss": np.asarray(saved["loss"], np.float64)})
-
-
-class _Training:
-    """The pieces of one run in progress. `train` below is the story; these are its verbs."""
-
-    def __init__(self, config: Any, run: RunSpec, directory: epath.Path, cache_dir: epath.Path, report: Any):
-        self.run, self.report, self.directory = run, report, directory
-        self.config_hash = config_hash(config)
-        self.clock = Clock()
-        with self.clock("data"):
-            self.data = load(run.data, run.task, cache_dir)
-            if self.data.tokenizer.path:
-                file = self.data.tokenizer.path
-                file.copy(directory / file.name, overwrite=True)
-        self.program: JitProgram = make_program(run, jax.devices())
-        self.log = MetricsLog(directory, run.seeds)
-        self.checkpoints = Checkpoints(directory / "checkpoints", keep_last=run.training.keep_last)
-        self.window = Window()
-        self.validation_loss: float | None = None
+    def __init__(self, parts: Sequence[Part], data: Data, program: JitProgram, clock: Clock):
+        self.parts, self.data, self.program, self.clock = parts, data, program, clock
+        self.run = parts[0].run
+        self.seeds = [seed for part in parts for seed in part.run.seeds]
+        self._hyperparameters = hyperparameters([part.run for part in parts])
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        start = 0
+        for part in parts:
+            end = start + len(part.run.seeds)
+            part.members, part.share = slice(start, end), (end - start) / len(self.seeds)
+            start = end
 
-    def restore(self) -> tuple[int, State]:
-        """The newest good checkpoint, or step 0; the log is cut back to it."""
-        with self.clock("save"):
-            restored = self.checkpoints.restore(self.program.abstract_state())
-        for problem in self.checkpoints.problems:
-            tqdm.write(f"warning: {problem}")
-        if restored is None and self.run.parent is not None:
-            raise UserError(
-                f"{self.checkpoints.directory} has no good checkpoint, and a run made out of {self.run.parent['run']} "
-                "has no other start: make it again"
-            )
-        if restored is None:
-            self.log.rewind(-1)
-            return 0, self._initial_state()
-        if restored.metadata["config_hash"] != self.config_hash:
-            raise UserError(
-                f"{self.checkpoints.directory} holds checkpoints of config {restored.metadata['config_hash']}; "
-                f"this run is {self.config_hash}: use another directory"
-            )
-        # The rows of the last step itself are those of `finish`, which runs again.
-        self.log.rewind(restored.step, keep_evaluations=restored.step < self.run.training.steps)
-        self.window = Window.from_dict(restored.metadata["window"])
-        return restored.step, self.program.load(restored.state)
+    @property
+    def going(self) -> list[Part]:
+        """The parts that have not failed. Failed ones stay in the program, whose other members they do not touch."""
+        return [part for part in self.parts if part.error is None]
 
-    def _initial_state(self) -> State:
-        parent = None if self.run.training.start_from is None else parent_state(self.run)
+    def load(self, states: Sequence[State | None]) -> State:
+        """The state of all members, from those that were restored; None: from step 0."""
+        parents = [_parent(part.run) if state is None else None for part, state in zip(self.parts, states, strict=True)]
         with self.clock("compile"):
-            state = self.program.init()
-        if parent is None:
-            return state
-        return self.program.load(with_parent(self.program.unload(state), parent))
+            return self.program.load(
+                _joined([
+                    with_parent(init_state(part.run), parent) if state is None else state
+                    for part, state, parent in zip(self.parts, states, parents, strict=True)
+                ])
+            )  # fmt: skip
 
     def step(self, state: State, batch: dict[str, Any], number: int) -> State:
         """Dispatches step `number` (from 1) and only then waits for the metrics of the one before."""
-        compiled = self.program.compile_seconds
-        before = self.clock.seconds["train"]
-        with self.clock("train"):
-            state, metrics = self.program.step(state, batch)
-            self._settle(state)
-        compiled = self.program.compile_seconds - compiled
-        self.clock.move(compiled, "train", "compile")
-        self.window.seconds += self.clock.seconds["train"] - before
+        earlier = self._pending
+        with self._timed("train"):
+            state, metrics = self.program.step(state, batch, self._hyperparameters)
+            found = _fetched(earlier)
+        self._book(state, found)
         self._pending = (number, metrics)
         return state
 
     def settle(self, state: State) -> None:
         """Waits for the last dispatched step and books it."""
-        before = self.clock.seconds["train"]
-        with self.clock("train"):
-            self._settle(state)
-        self.window.seconds += self.clock.seconds["train"] - before
-
-    def _settle(self, state: State) -> None:
-        if self._pending is None:
-            return
-        number, on_device = self._pending
+        with self._timed("train"):
+            found = _fetched(self._pending)
+        self._book(state, found)
         self._pending = None
-        metrics = jax.device_get(on_device)
-        if not metrics["good"].all():
-            self._stop_on_non_finite(state, number, metrics["good"])
-        self.window.add(metrics)
-        if number % self.run.training.log_every == 0 or number == self.run.training.steps:
-            self._log_window(number, metrics)
 
-    def _stop_on_non_finite(self, state: State, number: int, good: np.ndarray) -> None:
-        seed = self.run.seeds[int(np.argmin(good))]
-        batch = self.data.train_batch(seed, number - 1)
-        where = first_non_finite(self.run, self.program.unload(state), self.run.seeds.index(seed), batch)
-        raise NonFiniteLoss(f"loss is not finite at step {number}, seed {seed}; first seen in {where}")
+    def _book(self, state: State, found: tuple[int, dict[str, np.ndarray]] | None) -> None:
+        if found is None:
+            return
+        number, metrics = found
+        for part in self.going:
+            own = part.of_pack(metrics)
+            if not own["good"].all():
+                self._fail(part, state, number, own["good"])
+                continue
+            part.window.add(own)
+            if number % self.run.training.log_every == 0 or number == self.run.training.steps:
+                part.log_window(number, own)
+                part.report(self.facts(part, number))
 
-    def _log_window(self, number: int, metrics: dict[str, np.ndarray]) -> None:
-        window, self.window = self.window, Window()
-        values = {
-            "loss": np.asarray(window.loss) / window.steps,
-            "learning_rate": metrics["learning_rate"],
-            "grad_norm": metrics["grad_norm"],
-            **{name: value for name, value in metrics.items() if name.endswith("_loss")},
-            "step_seconds": window.seconds / window.steps,
-            "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
-        }
-        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        if peak is not None:
-            values["peak_bytes"] = peak
-        self.log.write(number, "train", values)
-        self.report(self.facts(number))
+    def _fail(self, part: Part, state: State, number: int, good: np.ndarray) -> None:
+        index = int(np.argmin(good))
+        seed, batch = part.run.seeds[index], self.data.train_batch(part.run.seeds[index], number - 1)
+        where = first_non_finite(part.run, self.program.unload(state), part.members.start + index, batch)
+        part.error = NonFiniteLoss(f"loss is not finite at step {number}, seed {seed}; first seen in {where}")
+        part.close()
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """What the run's status tells about itself while it goes."""
+    def facts(self, part: Part, step: int) -> dict[str, Any]:
+        """What a run's status tells about itself while it goes: of the pack's time, its own share by members."""
+        seconds = {**self.clock.seconds, "other": self.clock.other}
         return {
             "step": step,
-            "seconds": {name: round(value, 3) for name, value in self.clock.seconds.items()},
+            "seconds": {name: round(part.share * value, 3) for name, value in seconds.items()},
+            "packed_with": [other.directory.name for other in self.parts if other is not part],
             "predicted_peak_bytes": self.program.predicted_peak_bytes,
             "attention": self.program.attention,
         }
 
-    def evaluate(self, state: State, step: int) -> dict[str, np.ndarray]:
-        compiled = self.program.compile_seconds
-        with self.clock("eval"):
+    def tell(self, step: int) -> None:
+        for part in self.going:
+            part.report(self.facts(part, step))
+
+    @contextlib.contextmanager
+    def _timed(self, category: str) -> Iterator[None]:
+        """Puts time on the clock, what was compiled apart; that of training is in the lines of the log as well."""
+        before, compiled = self.clock.seconds[category], self.program.compile_seconds
+        with self.clock(category):
+            yield
+        self.clock.move(self.program.compile_seconds - compiled, category, "compile")
+        if category == "train":
+            for part in self.going:
+                part.window.seconds += part.share * (self.clock.seconds[category] - before)
+
+    def _evaluate(self, params: Any, constants: Any, split: str) -> dict[str, np.ndarray]:
+        values = evaluate(self.program, params, constants, self.data, split)
+        return values | count_heads(self.run, params, constants)
+
+    def evaluate(self, state: State, step: int) -> float:
+        """The mean loss over all members, for the eye; each run gets its own in its log."""
+        with self._timed("eval"):
             state = self.program.unload(state)
-            values = evaluate(self.program, state["params"], state["constants"], self.data, "validation")
-            values |= count_heads(self.run, state["params"], state["constants"])
-        self.clock.move(self.program.compile_seconds - compiled, "eval", "compile")
-        self.validation_loss = float(np.mean(values["loss"]))
-        self.log.write(step, "validation", values)
-        return values
+            values = self._evaluate(state["params"], state["constants"], "validation")
+        going = self.going
+        for part in going:
+            part.log_validation(step, part.of_pack(values))
+            if part.error is not None:  # given up
+                part.report(self.facts(part, step))
+        return float(np.mean([part.validation_loss for part in going]))
 
     def save(self, state: State, step: int) -> None:
         with self.clock("save"):
-            metadata = {"config_hash": self.config_hash, "window": self.window.as_dict()}
-            self.checkpoints.save(step, self.program.unload(state), metadata, metric=self.validation_loss)
+            for part, own in zip(self.parts, self._split(self.program.unload(state)), strict=True):
+                if part.error is None:
+                    part.save(own, step)
+
+    def wait(self) -> None:
+        with self.clock("save"):
+            for part in self.going:
+                part.checkpoints.wait()
 
     def finish(self, state: State) -> None:
         """The numbers of the table: every split, whole, with the averaged parameters where averaging is asked for."""
         run, step = self.run, self.run.training.steps
         state = self.program.unload(state)
+        own = list(zip(self.parts, self._split(state), strict=True))
         with self.clock("save"):
-            self.checkpoints.wait()
-            params = self._averaged(state)
-        compiled = self.program.compile_seconds
-        with self.clock("eval"):
-            for split in self.data.splits:
-                values = evaluate(self.program, params, state["constants"], self.data, split)
-                values |= count_heads(run, params, state["constants"])
+            finals = [part.final_params(self.program, s) if part.error is None else s["params"] for part, s in own]
+            params = _joined(finals, like=state["params"])
+        for split in self.data.splits:
+            with self._timed("eval"):
+                values = self._evaluate(params, state["constants"], split)
                 if run.task == "translation":
                     scores, signature, sentences = evaluate_bleu(
                         self.program, params, state["constants"], self.data, split
                     )
                     values |= scores
-                    self._write_translations(split, sentences)
-                    self.report({"bleu_signature": signature})
-                self.log.write(step, split, values)
-        self.clock.move(self.program.compile_seconds - compiled, "eval", "compile")
-        if run.gates.prunes:
-            gates = json.dumps(seed_gates(run, params, state["constants"]), indent=1)
-            (self.directory / "gates.json").write_text(gates + "\n")
-        self.log.write(step, "train", {"compile_seconds": self.clock.seconds["compile"]})
-        self.log.close()
-        self.checkpoints.close()
-        self.report(self.facts(step))
+                    for part in self.going:
+                        part.write_translations(split, sentences[part.members])
+                        part.report({"bleu_signature": signature})
+            for part in self.going:
+                part.log.write(step, split, part.of_pack(values))
+        for (part, s), final in zip(own, finals, strict=True):
+            if part.error is None:
+                if run.gates.prunes:
+                    part.write_gates(final, s["constants"])
+                part.log.write(step, "train", {"compile_seconds": part.share * self.clock.seconds["compile"]})
+                part.close()
 
-    def _averaged(self, state: State) -> Any:
-        steps = self.checkpoints.steps()[-self.run.training.average_last :]
-        if len(steps) < 2:
-            return state["params"]
-        abstract = self.program.abstract_state()
-        saved = [self.checkpoints.restore(abstract, step=step) for step in steps]
-        return average([one.state["params"] for one in saved if one is not None])
+    def _split(self, state: State) -> list[State]:
+        """The state of each part; copied through the host, as slices of the devices' arrays would be compiled."""
+        if len(self.parts) == 1:
+            return [state]
+        state = jax.tree.map(np.asarray, state)
+        return [jax.tree.map(lambda leaf, own=part.members: leaf[own].copy(), state) for part in self.parts]
 
-    def _write_translations(self, split: str, sentences: list[list[str]]) -> None:
-        folder = self.directory / "translations"
-        folder.mkdir(parents=True, exist_ok=True)
-        for seed, lines in zip(self.run.seeds, sentences, strict=True):
-            (folder / f"{split}.seed{seed}.txt").write_text("\n".join(line.replace("\n", " ") for line in lines) + "\n")
+
+def _joined(trees: Sequence[Any], like: Any = None) -> Any:
+    """One tree of all members, on the devices of `like` where it is given."""
+    if len(trees) == 1:
+        return trees[0]
+    joined = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *trees)
+    return joined if like is None else jax.tree.map(lambda leaf, old: jax.device_put(leaf, old.sharding), joined, like)
+
+
+def _fetched(pending: tuple[int, dict[str, jax.Array]] | None) -> tuple[int, dict[str, np.ndarray]] | None:
+    return None if pending is None else (pending[0], jax.device_get(pending[1]))
+
+
+def _parent(run: RunSpec) -> State:
+    return {} if run.training.start_from is None else parent_state(run)
 
 
 @contextlib.contextmanager
-def _progress(run: RunSpec, start: int, shown: bool) -> Iterator[Any]:
-    with tqdm(total=run.training.steps, initial=start, desc=run.name, unit="step", disable=not shown) as bar:
+def _progress(parts: Sequence[Part], start: int, shown: bool) -> Iterator[Any]:
+    run, others = parts[0].run, len(parts) - 1
+    name = run.name + (f" and {others} more" if others else "")
+    with tqdm(total=run.training.steps, initial=start, desc=name, unit="step", disable=not shown) as bar:
         yield bar
 
 
 def train(
-    config: Any,
-    run: RunSpec,
-    directory: epath.Path,
+    parts: Sequence[Part],
     *,
     cache_dir: epath.Path,
-    report: Callable[[dict[str, Any]], None],
     should_stop: Callable[[], bool],
     progress: bool = True,
-) -> Literal["done", "stopped"]:
-    """Trains a run from its newest good checkpoint to its last step, and evaluates it.
+) -> list[Outcome]:
+    """Trains runs of one shape together, each from its newest good checkpoint to its last step, and evaluates them.
+
+    Those that begin at the same step go together; where the steps differ, the packs are trained one after the other.
+    A run whose loss is not finite leaves the pack; what the others compute does not change.
 
     Args:
-      config:      the resolved config that `run` was built from; its hash goes into every checkpoint.
-      directory:   of the run: metrics.jsonl, checkpoints/, tensorboard/, translations/ are written there.
       cache_dir:   prepared data sets, shared by all runs of a sweep.
-      report:      called with facts about the run as they come (for status.json).
-      should_stop: asked before every step; when true, the state is saved and "stopped" is returned.
-    Raises: UserError before anything is compiled; NonFiniteLoss with the step, seed and layer.
+      should_stop: asked before every step; when true, the states are saved.
+    Returns: how each ended: "done", "stopped", or what it failed of: UserError before anything was compiled for it,
+      NonFiniteLoss with the step, seed and layer.
+    Raises:  what went wrong with all of them.
     """
-    spec = run.training
-    going = _Training(config, run, directory, cache_dir, report)
-    report({"data": going.data.fingerprint, "steps": spec.steps, **_costs(run)})
-    start, state = going.restore()
-    report(going.facts(start))
-    batches = going.data.train_stream(run.seeds, start)
-    with _progress(run, start, progress) as bar:
+    run, clock = parts[0].run, Clock()
+    with clock("data"):
+        data = load(run.data, run.task, cache_dir)
+    program: JitProgram = make_program(run, jax.devices())
+    ended: dict[Part, Outcome] = {}
+    starts: dict[int, list[tuple[Part, State | None]]] = {}
+    for part in parts:
+        part.begin(data)
+        try:
+            with clock("save"):
+                step, state = part.restore(program)
+            starts.setdefault(step, []).append((part, state))
+        except UserError as error:
+            ended[part] = error
+        for problem in part.checkpoints.problems:
+            tqdm.write(f"warning: {problem}")
+    for step, together in starts.items():
+        pack = _Pack([part for part, _ in together], data, program, clock)
+        outcome = _train(pack, step, pack.load([state for _, state in together]), should_stop, progress)
+        ended |= {part: part.error or outcome for part in pack.parts}
+        clock = Clock()
+    return [ended[part] for part in parts]
+
+
+def _train(
+    pack: _Pack, start: int, state: State, should_stop: Callable[[], bool], progress: bool
+) -> Literal["done", "stopped"]:
+    spec = pack.run.training
+    pack.tell(start)
+    batches = pack.data.train_stream(pack.seeds, start, pack.program.share)
+    with _progress(pack.parts, start, progress) as bar:
         for step in range(start, spec.steps + 1):
+            hosts.beat(f"step {step}")
             stopping = step < spec.steps and should_stop()
             fresh = step > start or start == 0
-            if fresh and 0 < step < spec.steps and step % spec.eval_every == 0:
-                going.settle(state)
-                values = going.evaluate(state, step)
-                bar.set_postfix(loss=f"{np.mean(values['loss']):.4f}", refresh=False)
-            if fresh and step > 0 and (step % spec.checkpoint_every == 0 or step == spec.steps or stopping):
-                going.settle(state)
-                going.save(state, step)
+            evaluating = fresh and 0 < step < spec.steps and step % spec.eval_every == 0
+            saving = fresh and step > 0 and (step % spec.checkpoint_every == 0 or step == spec.steps or stopping)
+            if evaluating or saving:
+                pack.settle(state)
+            if not pack.going:
+                break
+            if evaluating:
+                bar.set_postfix(loss=f"{pack.evaluate(state, step):.4f}", refresh=False)
+            if saving:
+                pack.save(state, step)
             if stopping:
-                going.checkpoints.wait()
-                report(going.facts(step))
+                pack.wait()
+                pack.tell(step)
                 return "stopped"
             if step < spec.steps:
-                with going.clock("data"):
+                with pack.clock("data"):
                     batch = next(batches)
-                state = going.step(state, batch, step + 1)
+                state = pack.step(state, batch, step + 1)
                 bar.update()
-        going.finish(state)
+        else:
+            pack.finish(state)
+            pack.tell(spec.steps)
     return "done"
-
-
-def _costs(run: RunSpec) -> dict[str, Any]:
-    return {
-        "parameters": cost.parameters(run),
-        "flops_per_token": cost.flops_per_token(run),
-        "active_flops_per_token": cost.active_flops_per_token(run),
-        "kv_cache_bytes_per_token": cost.kv_cache_bytes_per_token(run),
-    }

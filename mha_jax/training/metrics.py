@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from mha_jax.specs import UserError
+from mha_jax.training import hosts
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "heads_alive")
 HIGHER_IS_BETTER = ("bleu", "accuracy")
@@ -20,6 +21,7 @@ class MetricsLog:
     """Appends a run's metrics to `metrics.jsonl`, and to `tensorboard/seed<k>` for each seed.
 
     One JSON object a line: {"step", "seed", "split", "name", "value"}. A value that is not finite is written as null.
+    Of several processes the first one writes.
     """
 
     def __init__(self, directory: epath.PathLike, seeds: Sequence[int]) -> None:
@@ -32,6 +34,8 @@ class MetricsLog:
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Records values of shape [R], one a seed; a scalar holds for every seed. On disk when this returns."""
+        if not hosts.first():
+            return
         table = {name: np.broadcast_to(np.asarray(v, np.float64), (len(self.seeds),)) for name, v in values.items()}
         lines = [
             json.dumps({"step": int(step), "seed": seed, "split": split, "name": name, "value": _json_value(column[r])})
@@ -54,7 +58,7 @@ class MetricsLog:
         """
         self.close()
         self._purge_step = step + 1
-        if not self.path.exists():
+        if not (hosts.first() and self.path.exists()):
             return
         rows, _ = read_metrics(self.path)
         rows = [

@@ -2,6 +2,8 @@
 
   state = {"seed", "step", "params", "constants", "optimizer"}, and "importance" where heads are pruned as it trains
 
+Runs of one shape may train together: then R counts the seeds of them all, and the members' rates are arguments.
+
 `params` are nested dicts of arrays under the module's own names, so that what works on heads can index them. How the
 step is spread over devices is the business of parallel.py; nothing here knows a device.
 """
@@ -17,13 +19,20 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from mha_jax.attention.routing import routes
+from mha_jax.attention.target import target
 from mha_jax.data import batch_shapes
 from mha_jax.heads import gating, schedule
 from mha_jax.models import build_model
 from mha_jax.models.auxiliary import auxiliary_losses, observations
 from mha_jax.models.losses import Batch, loss_sums
 from mha_jax.specs import RunSpec, UserError
-from mha_jax.training.optimizers import learning_rate, make_optimizer, with_gates_and_frozen
+from mha_jax.training.optimizers import (
+    Hyperparameters,
+    hyperparameters,
+    learning_rate,
+    make_optimizer,
+    with_gates_and_frozen,
+)
 
 State = dict[str, Any]
 _INIT, _DROPOUT, _GATES = 0, 1, 2
@@ -40,8 +49,8 @@ def merge(run: RunSpec, params: Any, constants: Any) -> Any:
     return nnx.merge(graph(run), params, constants)
 
 
-def _optimizer(run: RunSpec) -> optax.GradientTransformation:
-    optimizer = make_optimizer(run.optimizer, run.model.d_model, run.training.steps)
+def _optimizer(run: RunSpec, given: Hyperparameters | None = None) -> optax.GradientTransformation:
+    optimizer = make_optimizer(run.optimizer, run.model.d_model, run.training.steps, given)
     return with_gates_and_frozen(optimizer, run.gates, run.training.freeze or ())
 
 
@@ -77,7 +86,9 @@ def _step_key(seed: Int[Array, ""], step: Int[Array, ""], use: int) -> Key[Array
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), use), step)
 
 
-def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+def _step_one(
+    run: RunSpec, axis_name: str | None, state: State, batch: Batch, given: Hyperparameters
+) -> tuple[State, dict[str, Array]]:
     def total(tree: Any) -> Any:
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
@@ -98,7 +109,7 @@ def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -
     gates = schedule.gates_of(run, state["constants"])
     (grads, gate_grads), (sums, beside) = jax.grad(objective, (0, 1), has_aux=True)(state["params"], gates)
     grads, gate_grads, sums, beside = total((grads, gate_grads, sums, beside))
-    updates, optimizer = _optimizer(run).update(grads, state["optimizer"], state["params"])
+    updates, optimizer = _optimizer(run, given).update(grads, state["optimizer"], state["params"])
     new = {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer, "step": state["step"] + 1}
     if gates:
         new["importance"] = schedule.followed(state["importance"], gate_grads)
@@ -113,7 +124,7 @@ def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -
         "tokens": sums["weight"],
         "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(
-            learning_rate(run.optimizer, run.model.d_model, run.training.steps)(state["step"])
+            learning_rate(run.optimizer, run.model.d_model, run.training.steps, given.peak)(state["step"])
         ),
         "good": good,
         **beside,
@@ -122,15 +133,22 @@ def _step_one(run: RunSpec, axis_name: str | None, state: State, batch: Batch) -
 
 
 def train_step(
-    run: RunSpec, state: State, batch: Batch, axis_name: str | None = None
+    run: RunSpec,
+    state: State,
+    batch: Batch,
+    given: Hyperparameters | None = None,
+    axis_name: str | None = None,
 ) -> tuple[State, dict[str, Array]]:
     """All seeds one step on. Returns the new state and per-seed metrics, each (R,).
 
     "loss" is the unsmoothed nats a target; "good" is False where loss or gradient was not finite: that seed's state is
-    returned unchanged. Losses beside the task's, such as "balance_loss", are there as they entered the objective. With
-    `axis_name` the batch is one shard of a larger one, and sums are taken over that axis.
+    returned unchanged. Losses beside the task's, such as "balance_loss", are there as they entered the objective.
+
+    Args: given: peak and weight decay, each (R,), of runs that train together, `run` one of them; default: the run's.
+          axis_name: the batch is one shard of a larger one, and sums are taken over that axis.
     """
-    return over_seeds(run, functools.partial(_step_one, run, axis_name))(state, batch)
+    given = hyperparameters([run]) if given is None else given
+    return over_seeds(run, functools.partial(_step_one, run, axis_name))(state, batch, given)
 
 
 def evaluate_step(run: RunSpec, params: Any, constants: Any, batch: Batch) -> dict[str, Array]:
@@ -155,7 +173,7 @@ def over_seeds(run: RunSpec, function: Callable[..., Any]) -> Callable[..., Any]
     All at once where devices are wide or the mesh splits the axis; on a CPU one after the other, in the same program:
     batched products and a larger working set would take half as long again there.
     """
-    if jax.default_backend() == "cpu" and run.mesh.seed == 1:
+    if target() == "cpu" and run.mesh.seed == 1:
         return lambda *args: jax.lax.map(lambda one: function(*one), args)
     return jax.vmap(function)
 

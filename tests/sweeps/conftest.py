@@ -44,10 +44,11 @@ sys.path.insert(0, os.getcwd())
 play = types.ModuleType("mha_jax.training.loop")
 package = types.ModuleType("mha_jax.training")
 package.loop = play
+package.__path__ = [os.path.abspath("mha_jax/training")]
 devices = types.ModuleType("mha_jax.training.devices")
 devices.use_cores = lambda run: None
 jax = types.ModuleType("jax")  # importing the real one would take most of the test's time
-jax.config = types.SimpleNamespace(update=lambda name, value: None)
+jax.config = types.SimpleNamespace(update=lambda name, value: None, jax_compilation_cache_dir="/nowhere")
 jax.devices = lambda: [types.SimpleNamespace(platform="cpu", device_kind="cpu")]
 jax.device_count = lambda: 1
 sys.modules |= {"mha_jax.training": package, "mha_jax.training.loop": play, "mha_jax.training.devices": devices}
@@ -57,7 +58,12 @@ from mha_jax.specs import UserError
 from mha_jax.sweeps import cell
 
 
-def train(config, run, directory, *, cache_dir, report, should_stop, progress):
+def train(parts, *, cache_dir, should_stop, progress):
+    ended = [play_one(*part, should_stop) for part in parts]
+    return ended
+
+
+def play_one(config, run, directory, report, should_stop):
     kept = pathlib.Path(directory) / "kept.txt"
     start = int(kept.read_text()) if kept.exists() else 0
     first = not (pathlib.Path(directory) / "tried.txt").exists()
@@ -65,22 +71,26 @@ def train(config, run, directory, *, cache_dir, report, should_stop, progress):
     with open(pathlib.Path(directory).parent.parent / "trace.txt", "a") as trace:
         trace.write(f"{pathlib.Path(directory).name} from {start}\\n")
     if run.name == "broken" or (run.name == "flaky" and first):
-        raise RuntimeError("planted")
+        return RuntimeError("planted")
     if run.name == "wrong":
-        raise UserError("the text is empty")
+        return UserError("the text is empty")
+    if run.name == "greedy" and os.environ.get("ALONE") != "1":
+        os.kill(os.getpid(), 9)
     for step in range(start, run.training.steps):
         if should_stop():
             return "stopped"
         if run.name == "killed" and first and step == 5:
             os.kill(os.getpid(), 9)
+        if run.name == "hangs" and first and step == 5:
+            time.sleep(600)
         time.sleep(0.3 if run.name == "slow" else 0.01)
         kept.write_text(str(step + 1))
         report({"step": step + 1, "seconds": {"train": 1.0}})
     return "done"
 
 
-play.train = train
-sys.exit(cell.main(sys.argv[1]))
+play.train, play.Part = train, lambda *arguments: arguments
+sys.exit(cell.main(sys.argv[1:]))
 """
 
 

@@ -26,11 +26,13 @@ def play(monkeypatch):
     seen = []
 
     def use(act):
-        def train(config, run, directory, *, cache_dir, report, should_stop, progress):
-            seen.append({"config": config, "run": run, "directory": directory, "cache_dir": cache_dir})
-            return act(report, should_stop)
+        def train(parts, *, cache_dir, should_stop, progress):
+            for config, run, directory, _ in parts:
+                seen.append({"config": config, "run": run, "directory": directory, "cache_dir": cache_dir})
+            return [act(report, should_stop) for *_, report in parts]
 
         monkeypatch.setattr(loop, "train", train)
+        monkeypatch.setattr(loop, "Part", lambda *arguments: arguments)
         return seen
 
     return use

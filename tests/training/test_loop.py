@@ -16,6 +16,7 @@ from mha_jax import config as configs
 from mha_jax.specs import UserError
 from mha_jax.training import loop
 from mha_jax.training.checkpoints import Checkpoints
+from mha_jax.training.evaluation import average
 from mha_jax.training.metrics import read_metrics
 from mha_jax.training.parallel import make_program
 from tests import tiny
@@ -46,15 +47,10 @@ def train(folder, name, config, stop_at=None):
         return stop_at is not None and len(asked) > stop_at
 
     facts = {}
-    outcome = loop.train(
-        config,
-        configs.resolve(config),
-        epath.Path(folder / name),
-        cache_dir=epath.Path(folder / "cache"),
-        report=facts.update,
-        should_stop=should_stop,
-        progress=False,
-    )
+    part = loop.Part(config, configs.resolve(config), epath.Path(folder / name), facts.update)
+    (outcome,) = loop.train([part], cache_dir=epath.Path(folder / "cache"), should_stop=should_stop, progress=False)
+    if isinstance(outcome, Exception):
+        raise outcome
     return outcome, facts
 
 
@@ -150,7 +146,7 @@ def test_the_final_evaluation_is_of_the_averaged_checkpoints(tmp_path):
     saved = Checkpoints(tmp_path / "averaged" / "checkpoints", keep_last=2)
     a, b = (saved.restore(abstract, step=step).state["params"] for step in (10, 20))
     expected = jax.tree.map(lambda x, y: (x + y) / 2, a, b)
-    jax.tree.map(np.testing.assert_allclose, loop.average([a, b]), expected)
+    jax.tree.map(np.testing.assert_allclose, average([a, b]), expected)
 
 
 @pytest.mark.slow

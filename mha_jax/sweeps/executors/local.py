@@ -1,4 +1,4 @@
-"""Runs cells on this machine, each in a process of its own, so that memory and compiler caches end with the cell."""
+"""Runs cells on this machine, each pack in a process of its own, so that memory and compiler caches end with it."""
 
 import collections
 import dataclasses
@@ -8,46 +8,75 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
 from mha_jax.sweeps.cell import Exit, stop_signals
+from mha_jax.sweeps.executors.hanging import HANG_SECONDS, Patience
 from mha_jax.sweeps.store import RunDirectory
+from mha_jax.training import hosts
 
 _CELL = (sys.executable, "-m", "mha_jax.sweeps.cell")
 _ATTEMPTS = 2
 _POLL_SECONDS = 0.2
 # glibc's malloc keeps what a step frees for the next one, in one heap and large pages: on CPU, fetching it anew
 # takes a fifth of a small step. Elsewhere nobody reads it.
-_KEEP_MEMORY = ":".join(
+KEEP_MEMORY = ":".join(
     f"glibc.malloc.{setting}"
     for setting in ("arena_max=1", "hugetlb=1", "mmap_max=0", f"trim_threshold={2**34}", f"top_pad={2**28}")
 )
 
 
+@runtime_checkable
+class Process(Protocol):
+    """What trains a pack, as a queue sees it; a `subprocess.Popen` is one."""
+
+    @property
+    def returncode(self) -> int | None: ...
+    @property
+    def stdin(self) -> IO | None: ...
+    def poll(self) -> int | None: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
 @dataclasses.dataclass
 class _Child:
-    directory: RunDirectory
-    process: subprocess.Popen
+    directories: list[RunDirectory]
+    process: Process
     attempt: int
+    patience: Patience
 
 
 def run(
-    directories: Sequence[RunDirectory],
+    packs: Sequence[Sequence[RunDirectory]],
     *,
     workers: int = 1,
     command: Sequence[str] = _CELL,
     say: Callable[[str], None] = tqdm.write,
+    hang_seconds: float = HANG_SECONDS,
 ) -> Exit:
-    """Runs every cell that is not done, `workers` at once; one that fails is run a second time.
+    """Runs every cell that is not done, `workers` packs at once; one that fails is run a second time.
+
+    The cells of a pack are trained together in one process. Where that dies, the pack is tried once more, and then its
+    cells one by one, so that one that takes too much memory does not take the others with it. Where one of them fails,
+    it is tried once more by itself.
 
     Cells that another driver is training are waited for, or taken over where it dies. SIGTERM and Ctrl-C are passed on
     as SIGTERM; the cells save their state and the sweep goes on when it is run again.
 
-    Args:    command: what is started, with the run's directory as its last argument.
+    Args:    command: what is started, with the directories of a pack as its last arguments.
+             hang_seconds: a process that neither reports nor measures anything for so long is ended; see `Patience`.
     Returns: DONE, STOPPED, FAILED where a run failed, WRONG_INPUT where every failure is the user's to mend.
     """
-    with stop_signals() as should_stop, _Queue(directories, workers, command, say) as queue:
+    return drive(Queue(packs, workers, command, say, hang_seconds))
+
+
+def drive(queue: "Queue") -> Exit:
+    """Runs a queue to its end, or until SIGTERM or Ctrl-C; see `run`."""
+    with stop_signals() as should_stop, queue:
         while queue.open:
             if should_stop():
                 queue.stop()
@@ -64,19 +93,26 @@ def default_workers(platform: str, num_cells: int) -> int:
     return max(min(len(_cores(0)) or 1, num_cells, 8), 1) if platform == "cpu" else 1
 
 
-class _Queue:
-    """The cells that wait, the ones that run, and how the others ended."""
+class Queue:
+    """The packs that wait, the ones that run, and how the other cells ended."""
 
-    def __init__(self, directories: Sequence[RunDirectory], workers: int, command: Sequence[str], say: Callable):
-        self._all = list(directories)
-        self._waiting = collections.deque((directory, 1) for directory in directories)
+    def __init__(
+        self,
+        packs: Sequence[Sequence[RunDirectory]],
+        workers: int,
+        command: Sequence[str],
+        say: Callable,
+        hang_seconds: float = HANG_SECONDS,
+    ):
+        self._all = [directory for pack in packs for directory in pack]
+        self._waiting = collections.deque((list(pack), 1) for pack in packs)
         self._running: list[_Child] = []
         self._ended: dict[str, Exit] = {}
-        self._workers, self._command, self._say = workers, command, say
+        self._workers, self._command, self._say, self._hang_seconds = workers, command, say, hang_seconds
         self._stopping = False
         self._progress = _Progress(self._all)
 
-    def __enter__(self) -> "_Queue":
+    def __enter__(self) -> "Queue":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,6 +133,8 @@ class _Queue:
                 child.process.send_signal(signal.SIGTERM)
 
     def collect(self) -> None:
+        for child in self._running:
+            child.patience.look()
         for child in [child for child in self._running if child.process.poll() is not None]:
             self._running.remove(child)
             if child.process.stdin:
@@ -104,27 +142,45 @@ class _Queue:
             self._settle(child)
 
     def _settle(self, child: _Child) -> None:
-        directory, code = child.directory, child.process.returncode
-        if directory.state == "done":  # also where the process fell over after its work
-            self._end(directory, Exit.DONE)
-        elif code == Exit.STOPPED and self._stopping:
-            self._end(directory, Exit.STOPPED)
-        elif code == Exit.BUSY:
-            self._again(directory, child.attempt)
-        elif code == Exit.WRONG_INPUT:
-            self._end(directory, Exit.WRONG_INPUT)
-        else:
-            if code not in (Exit.FAILED, Exit.STOPPED):
-                _record_death(directory, code)
-            if child.attempt < _ATTEMPTS and not self._stopping:
-                self._say(f"{directory.run_id}: {directory.status.get('error') or 'stopped'}; trying once more")
-                self._again(directory, child.attempt + 1)
+        code, left, hung = child.process.returncode, [], child.patience.hung
+        for directory in child.directories:
+            if directory.state == "done":  # also where the process fell over after its work
+                self._end(directory, Exit.DONE)
             else:
-                self._end(directory, Exit.STOPPED if code == Exit.STOPPED else Exit.FAILED)
+                left.append(directory)
+        if code == Exit.BUSY:
+            self._again(left, child.attempt)
+            return
+        log = child.directories[0].beside(hosts.named("log.txt"))
+        died = hung or code not in (Exit.FAILED, Exit.WRONG_INPUT, Exit.STOPPED)
+        for directory in left:
+            # One that failed has written so itself, unless its disk was full.
+            if died or (code != Exit.STOPPED and directory.state != "failed"):
+                record_death(directory, code, log, hung)
+        if code == Exit.WRONG_INPUT and len(child.directories) == 1:
+            self._end(child.directories[0], Exit.WRONG_INPUT)
+        elif left:
+            self._retry(child, left)
 
-    def _again(self, directory: RunDirectory, attempt: int) -> None:
-        if not self._stopping:
-            self._waiting.append((directory, attempt))
+    def _retry(self, child: _Child, left: list[RunDirectory]) -> None:
+        code, last = child.process.returncode, child.attempt == _ATTEMPTS
+        packed = len(child.directories) > 1
+        if self._stopping or (last and not packed):
+            for directory in left:
+                stopped = code == Exit.STOPPED and directory.state != "failed"
+                self._end(directory, Exit.STOPPED if stopped else Exit.FAILED)
+            return
+        for directory in left:
+            self._say(f"{directory.run_id}: {directory.status.get('error') or 'stopped'}; trying once more")
+        if packed and (last or code in (Exit.FAILED, Exit.WRONG_INPUT)):
+            for directory in left:
+                self._again([directory], _ATTEMPTS)
+        else:
+            self._again(left, child.attempt + 1)
+
+    def _again(self, pack: list[RunDirectory], attempt: int) -> None:
+        if pack and not self._stopping:
+            self._waiting.append((pack, attempt))
 
     def _end(self, directory: RunDirectory, code: Exit) -> None:
         self._ended[directory.run_id] = code
@@ -133,28 +189,34 @@ class _Queue:
         self._say(f"[{len(self._ended)}/{len(self._all)}] {directory.run_id}: {text}")
 
     def start(self) -> None:
-        """Starts what may start; a cell that another driver holds goes to the end of the line."""
+        """Starts what may start; a pack with a cell that another driver holds goes to the end of the line."""
         for _ in range(len(self._waiting)):
             if len(self._running) == self._workers:
                 return
-            directory, attempt = self._waiting.popleft()
-            if directory.state == "done":
-                self._end(directory, Exit.DONE)
-            elif directory.locked:
-                self._waiting.append((directory, attempt))
-            else:
-                self._running.append(_Child(directory, self._spawn(directory), attempt))
+            pack, attempt = self._waiting.popleft()
+            if any(directory.locked for directory in pack if directory.state != "done"):
+                self._waiting.append((pack, attempt))
+                continue
+            left = []
+            for directory in pack:
+                if directory.state == "done":
+                    self._end(directory, Exit.DONE)
+                else:
+                    left.append(directory)
+            if left:
+                process = self._spawn(left)
+                self._running.append(_Child(left, process, attempt, Patience(process, left, self._hang_seconds)))
 
-    def _spawn(self, directory: RunDirectory) -> subprocess.Popen:
-        with directory.beside("log.txt").open("ab") as log:
+    def _spawn(self, pack: list[RunDirectory]) -> Process:
+        with pack[0].beside(hosts.named("log.txt")).open("ab") as log:
             # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
             process = subprocess.Popen(
-                [*self._command, str(directory.path)],
+                [*self._command, *(str(directory.path) for directory in pack)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={"GLIBC_TUNABLES": _KEEP_MEMORY, **os.environ},
+                env={"GLIBC_TUNABLES": KEEP_MEMORY, **os.environ, **hosts.group().environment()},
             )
         self._give_cores(process.pid)
         return process
@@ -164,12 +226,13 @@ class _Queue:
         cores = sorted(_cores(0))
         if self._workers == 1 or not cores:
             return
-        taken = {core for child in self._running for core in _cores(child.process.pid)}
+        others = [child.process for child in self._running if isinstance(child.process, subprocess.Popen)]
+        taken = {core for process in others for core in _cores(process.pid)}
         free = [core for core in cores if core not in taken] or cores
         os.sched_setaffinity(pid, free[: max(len(cores) // self._workers, 1)])
 
     def show(self) -> None:
-        self._progress.show(len(self._ended), [child.directory for child in self._running])
+        self._progress.show(len(self._ended), [child.directories for child in self._running])
 
     def verdict(self) -> Exit:
         codes = set(self._ended.values())
@@ -188,13 +251,14 @@ def _cores(pid: int) -> set[int]:
         return set()
 
 
-def _record_death(directory: RunDirectory, code: int) -> None:
-    """What a cell that was killed could not write itself."""
+def record_death(directory: RunDirectory, code: int, log: Path, hung: str | None = None) -> None:
+    """What a cell that was killed could not write itself; `log`: what its process has printed, stacks included."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-    log = directory.beside("log.txt").read_text(errors="replace")[-4000:]
-    (directory.path / "error.txt").write_text(f"{how}{hint}\n\nThe end of its output:\n{log}")
-    directory.update(state="failed", error=how + hint)
+    if code == -signal.SIGKILL:
+        how += f" (out of memory?{directory.prediction})"
+    printed = log.read_text(errors="replace")[-20_000:] if log.exists() else ""
+    (directory.path / hosts.named("error.txt")).write_text(f"{hung or how}\n\nThe end of its output:\n{printed}")
+    directory.update(state="failed", error=hung or how)
 
 
 class _Progress:
@@ -214,12 +278,16 @@ class _Progress:
         status = directory.status
         return self._steps[directory.run_id] if status["state"] == "done" else int(status.get("step", 0))
 
-    def show(self, ended: int, running: Sequence[RunDirectory]) -> None:
+    def show(self, ended: int, running: Sequence[Sequence[RunDirectory]]) -> None:
         if self._bar.disable or time.monotonic() < self._read + 1:
             return
         self._read = time.monotonic()
         self._at |= {directory.run_id: self._step(directory) for directory in self._directories}
-        names = [f"{d.run_id} {self._at[d.run_id]}/{self._steps[d.run_id]}" for d in running]
+        names = [
+            f"{pack[0].run_id}{f' and {len(pack) - 1} more' if len(pack) > 1 else ''} "
+            f"{self._at[pack[0].run_id]}/{self._steps[pack[0].run_id]}"
+            for pack in running
+        ]
         self._bar.set_description(f"{ended}/{len(self._directories)} cells")
         self._bar.set_postfix_str(", ".join(names), refresh=False)
         self._bar.n = sum(self._at.values())

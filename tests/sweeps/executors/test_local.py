@@ -19,7 +19,7 @@ import sys
 from mha_jax.sweeps.executors import local
 from mha_jax.sweeps.store import RunDirectory
 paths, command = sys.argv[1].split(","), sys.argv[2].split(",")
-sys.exit(local.run([RunDirectory(path) for path in paths], command=command, say=print))
+sys.exit(local.run([[RunDirectory(path)] for path in paths], command=command, say=print))
 """
 
 
@@ -48,6 +48,10 @@ def drive(cell_command):
         process.communicate()
 
 
+def alone(directories):
+    return [[directory] for directory in directories]
+
+
 def trace(directory):
     file = Path(directory.workdir) / "trace.txt"
     return file.read_text().splitlines() if file.exists() else []
@@ -66,15 +70,15 @@ def step(directory):
 
 def test_every_cell_runs_once_and_what_is_done_is_skipped(cells, cell_command):
     directories = cells("a", "b")
-    assert local.run(directories, command=cell_command) == Exit.DONE
-    assert local.run(directories, command=cell_command) == Exit.DONE
+    assert local.run(alone(directories), command=cell_command) == Exit.DONE
+    assert local.run(alone(directories), command=cell_command) == Exit.DONE
     assert [directory.state for directory in directories] == ["done", "done"]
     assert trace(directories[0]) == ["a from 0", "b from 0"]
 
 
 def test_workers_run_at_once(cells, cell_command):
     directories = cells("slow", "a")
-    assert local.run(directories, workers=2, command=cell_command) == Exit.DONE
+    assert local.run(alone(directories), workers=2, command=cell_command) == Exit.DONE
     assert {directory.status["finished"] for directory in directories}
     assert directories[1].status["finished"] < directories[0].status["finished"]
 
@@ -82,7 +86,7 @@ def test_workers_run_at_once(cells, cell_command):
 def test_a_failing_cell_is_tried_twice_and_the_others_finish(cells, cell_command):
     directories = cells("broken", "a")
     said = []
-    assert local.run(directories, command=cell_command, say=said.append) == Exit.FAILED
+    assert local.run(alone(directories), command=cell_command, say=said.append) == Exit.FAILED
     assert sorted(trace(directories[0])) == ["a from 0", "broken from 0", "broken from 0"]
     assert [directory.state for directory in directories] == ["failed", "done"]
     assert said[-1] == "[2/2] broken: failed: RuntimeError: planted"
@@ -91,21 +95,21 @@ def test_a_failing_cell_is_tried_twice_and_the_others_finish(cells, cell_command
 
 def test_a_second_attempt_may_succeed(cells, cell_command):
     (directory,) = cells("flaky")
-    assert local.run([directory], command=cell_command) == Exit.DONE
+    assert local.run([[directory]], command=cell_command) == Exit.DONE
     assert directory.status["attempts"] == 2
 
 
 def test_a_cell_killed_by_the_system_goes_on_where_it_was(cells, cell_command):
     (directory,) = cells("killed")
     said = []
-    assert local.run([directory], command=cell_command, say=said.append) == Exit.DONE
+    assert local.run([[directory]], command=cell_command, say=said.append) == Exit.DONE
     assert trace(directory) == ["killed from 0", "killed from 5"]
     assert "killed by SIGKILL (out of memory?)" in said[0]
 
 
 def test_what_the_user_must_mend_is_not_tried_again(cells, cell_command):
     (directory,) = cells("wrong")
-    assert local.run([directory], command=cell_command) == Exit.WRONG_INPUT
+    assert local.run([[directory]], command=cell_command) == Exit.WRONG_INPUT
     assert trace(directory) == ["wrong from 0"]
 
 
@@ -118,7 +122,7 @@ def test_sigterm_to_the_driver_stops_the_cells_with_their_state(cells, cell_comm
     assert driver.wait(20) == Exit.STOPPED
     assert [directory.state for directory in directories] == ["stopped", "queued"]
     reached = step(directories[0])
-    assert local.run(directories, command=cell_command) == Exit.DONE
+    assert local.run(alone(directories), command=cell_command) == Exit.DONE
     assert trace(directories[0]) == ["slow from 0", f"slow from {reached}", "a from 0"]
 
 
@@ -131,7 +135,7 @@ def test_cells_of_a_driver_that_is_killed_stop_and_are_continued(cells, cell_com
     driver.wait()
     wait_for(lambda: not directory.locked, seconds=5)
     assert directory.state == "stopped"
-    assert local.run([directory], command=cell_command) == Exit.DONE
+    assert local.run([[directory]], command=cell_command) == Exit.DONE
     assert directory.status["attempts"] == 2
 
 

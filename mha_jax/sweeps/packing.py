@@ -1,0 +1,116 @@
+"""Which cells of a sweep train together in one program: those of one shape, as many as fit and as pays."""
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mha_jax import config as configs
+from mha_jax.data import batch_shapes
+from mha_jax.specs import ATTENTION_KINDS, RunSpec
+from mha_jax.sweeps.store import RunDirectory
+
+_MEMORY_SHARE = 0.8  # of a device's memory, as evaluation and the allocator want some too
+_LONG = 5e12  # FLOPs that a core of a CPU works off in about two minutes
+
+
+def packs(directories: Sequence[RunDirectory], *, workers: int, devices: Mapping[str, Any]) -> list[list[RunDirectory]]:
+    """The directories in packs, for an executor that runs `workers` packs at once.
+
+    Cells go together if they differ only in seeds, learning rate and weight decay and stand at the same checkpoint. Of
+    every shape there are so few packs as leave none with more than
+
+      pack   members (cells times their seeds), where config.pack is a number: 1 packs nothing;
+      N / workers cells of the N that are not done, so that no worker is idle;
+      what fits, with pack="auto": `member_bytes` of all in 0.8 of the memory that a worker has.
+
+    With "auto" a CPU packs short cells only, whose start-up and compilation cost as much as their training: its members
+    take turns, so that nothing else is won, and long cells had better end one by one. Accelerators pack all.
+
+    Args: devices: "platform", "count" and "memory" (bytes a device, None where unknown: then "auto" packs nothing).
+    """
+    made = [[directory] for directory in directories if directory.state == "done"]
+    waiting = [directory for directory in directories if directory.state != "done"]
+    fair = math.ceil(len(waiting) / workers)
+    groups: dict[str, list[tuple[RunDirectory, RunSpec]]] = {}
+    for directory in waiting:
+        run = configs.resolve(directory.config)
+        groups.setdefault(repr((_shape(run), _checkpoint(directory))), []).append((directory, run))
+    for group in groups.values():
+        largest = max((run for _, run in group), key=lambda run: len(run.seeds))
+        most = min(fair, _most(largest, workers, devices)) if len(group) > 1 else 1
+        made += _even([directory for directory, _ in group], math.ceil(len(group) / max(most, 1)))
+    order = {directory.run_id: place for place, directory in enumerate(directories)}
+    return sorted(made, key=lambda pack: order[pack[0].run_id])
+
+
+def _shape(run: RunSpec) -> RunSpec:
+    """The run without what its program takes as arguments."""
+    optimizer = dataclasses.replace(run.optimizer, learning_rate=1.0, weight_decay=0.0)
+    return dataclasses.replace(run, name="", seeds=(0,), optimizer=optimizer)
+
+
+def _checkpoint(directory: RunDirectory) -> int:
+    """The newest step that is saved, as far as names tell; 0 where there is none."""
+    folder = directory.path / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _most(run: RunSpec, workers: int, devices: Mapping[str, Any]) -> int:
+    """How many cells like this one a pack may have."""
+    if run.pack != "auto":
+        return int(run.pack) // len(run.seeds)
+    on_cpu = devices["platform"] == "cpu"
+    if on_cpu and _flops(run) > _LONG:
+        return 1
+    memory = _machine_memory() if on_cpu else devices.get("memory") and devices["memory"] * devices["count"]
+    return int(_MEMORY_SHARE * (memory or 0) / workers / (member_bytes(run) * len(run.seeds)))
+
+
+def _flops(run: RunSpec) -> float:
+    """Of the whole training of a cell, all its seeds; backward costs twice what forward does."""
+    from mha_jax.models import cost  # flax takes seconds to import: only where cells may be packed
+
+    return 3.0 * cost.flops_per_token(run) * _tokens(run) * run.training.steps * len(run.seeds)
+
+
+def member_bytes(run: RunSpec) -> int:
+    """Bytes that one more seed takes in a training step, guessed from above.
+
+      parameters * 20 + n * (68 d + 10 H T) * attentions + n * 12 C
+
+    for n target tokens a batch of length T, C tokens in the vocabulary: parameters, gradients, both moments and one
+    copy in float32; what each layer keeps for its backward pass (Korthikanti et al. 2022, equation 1, where d_ff = 4 d,
+    in float32 instead of 16 bits); logits, their softmax and its gradient. Twice that in float64.
+    """
+    from mha_jax.models import cost
+
+    width = max(run.model.d_model, run.model.d_ff // 4)
+    tokens, length = _tokens(run), run.data.length
+    layers = sum(
+        68 * width + 10 * shape.num_heads * length
+        for kind in ATTENTION_KINDS[run.task]
+        for shape in run.model.heads(kind)
+    )
+    size = 20 * cost.parameters(run) + tokens * (layers + 12 * run.data.tokens)
+    return size * (2 if run.model.dtype == "float64" else 1)
+
+
+def _tokens(run: RunSpec) -> int:
+    """Tokens of the largest batch."""
+    return max(math.prod(batch["weights"].shape) for batch in batch_shapes(run.data, run.task)) * (
+        run.data.length if run.task == "classification" else 1
+    )
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _even(group: list[RunDirectory], count: int) -> list[list[RunDirectory]]:
+    """So many parts of a list, in order, whose lengths differ by one at most."""
+    ends = [len(group) * part // count for part in range(count + 1)]
+    return [group[start:end] for start, end in itertools.pairwise(ends)]
