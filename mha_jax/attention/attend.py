@@ -28,7 +28,7 @@ BACKENDS = {
 # What "auto" asks in turn; `blockwise` serves every call.
 _PREFERRED = {"gpu": ("cudnn", "pallas", "blockwise"), "tpu": ("splash", "blockwise")}
 # So many weights, B * H * T * S of them, are quicker held whole (8 MB in float32) than visited tile by tile.
-_FEW_WEIGHTS = 2**21
+FEW_WEIGHTS = 2**21
 
 
 def attend(
@@ -132,7 +132,7 @@ def choose_backend(name: str, call: Call) -> Choice:
         if reason is not None:
             raise UserError(f"backend={name!r} cannot serve this attention: {reason}")
         return Choice(name, {})
-    if call.batch * call.heads * call.queries * call.keys <= _FEW_WEIGHTS:
+    if call.batch * call.heads * call.queries * call.keys <= FEW_WEIGHTS:
         return Choice("einsum", {})
     if diagonals.pays(call):
         return Choice("diagonals", {})

@@ -3,21 +3,12 @@
 import importlib.metadata
 import importlib.util
 import platform
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from mha_jax.cores import num_cores
+from mha_jax.cores import num_cores, processor
 from mha_jax.sweeps.provenance import commit, versions
-
-
-def processor() -> str:
-    """The CPU's own name, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def torch_device() -> str | None:

@@ -22,6 +22,7 @@ from mha_jax.specs import (
     RunSpec,
     TrainingSpec,
 )
+from mha_jax.training.estimates import step_flops
 from mha_jax.training.parallel import make_program
 
 OURS, FLOOR, EAGER, COMPILED = "mha_jax", "matmul floor", "PyTorch eager", "PyTorch compiled"
@@ -157,6 +158,7 @@ def result_row(run: RunSpec, seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {
         "num_heads": run.model.num_heads,
         "qk_dim": run.model.heads("decoder")[0].qk_dim,
+        "step_flops": step_flops(run),
         "step_ms": step_ms,
         "tokens_per_second": {name: 1e3 * tokens / ms["median"] for name, ms in step_ms.items()},
         "ratio": {name: paired_ratio(seconds[OURS], values) for name, values in seconds.items() if name != OURS},

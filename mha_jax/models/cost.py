@@ -120,6 +120,20 @@ def flops_per_token(run: RunSpec) -> int:
     return _all_attention(run, model, "flops") + feed_forward + logits
 
 
+def training_flops_per_token(run: RunSpec) -> int:
+    """FLOPs of forward and backward pass for one target token: 3 times the forward pass, and what is computed again.
+
+    Each product has two gradients of its own size. `model.remat` computes forward once more: "block" the blocks,
+    "attention" the attention layers, "dots" scores and averages.
+    """
+    model = run.model
+    attention = _all_attention(run, model, "flops")
+    averages = _over_layers(run, model, lambda s: 2 * run.data.length * s.num_heads * (s.qk_dim + s.v_dim))
+    feed_forward = _num_stacks(run) * model.num_layers * _feed_forward_unit(model, "flops") * matched_d_ff(run)
+    again = {"none": 0, "attention": attention, "dots": averages, "block": attention + feed_forward}[model.remat]
+    return 3 * flops_per_token(run) + again
+
+
 def active_flops_per_token(run: RunSpec) -> int:
     """`flops_per_token` if nothing were computed for the heads that a token does not use: no query, attention, output.
 
