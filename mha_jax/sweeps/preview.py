@@ -1,46 +1,117 @@
 """What a sweep would cost, as a table, before anything is trained."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mha_jax.models import cost
 from mha_jax.specs import ATTENTION_KINDS, RunSpec, UserError
 from mha_jax.sweeps.grid import Cell
+from mha_jax.sweeps.plan import Expectation, Memory
+from mha_jax.training import estimates
 
-_HEADER = ("run", "heads", "kv", "d_k", "d_v", "parameters", "FLOPs/token", "KV bytes/token", "peak memory")
+_HEADER = (
+    "run",
+    "heads",
+    "kv",
+    "d_k",
+    "d_v",
+    "parameters",
+    "FLOPs/token",
+    "KV bytes/token",
+    "step",
+    "device-hours",
+    "peak memory",
+)
 
 
-def table(cells: Sequence[Cell], peak_bytes: Callable[[RunSpec], int | None]) -> str:
-    """One line a legal cell, then the illegal cells with their reasons.
+@dataclasses.dataclass(frozen=True)
+class Outlook:
+    """What a table tells of time and memory.
 
-    FLOPs are of the forward pass per target token; K/V-cache bytes per token of one sequence, over all layers.
-
-    Args:    peak_bytes: predicts the peak memory of a run; None where it cannot.
+    `expectation` is a line that says why where nothing is known of the device; `memory` what a run needs on it.
     """
-    legal = [cell for cell in cells if cell.reason is None]
-    rows = [_HEADER, *(_row(cell, peak_bytes) for cell in legal)]
+
+    expectation: Expectation | str
+    workers: int  # cells at once
+    memory: Callable[[RunSpec], Memory]
+
+
+def table(cells: Sequence[Cell], outlook: Outlook) -> str:
+    """One line a legal cell, then the illegal cells with their reasons, what the numbers rest on, and the total.
+
+    FLOPs are of the forward pass per target token; K/V-cache bytes per token of one sequence, over all layers; "step"
+    is the time of a training step of all seeds, and device-hours are those of all steps.
+    """
+    legal = [(cell, cell.run) for cell in cells if cell.reason is None]
+    seconds = [_step_seconds(run, outlook.expectation) for _, run in legal]
+    rows = [_HEADER, *(_row(cell, run, step, outlook) for (cell, run), step in zip(legal, seconds, strict=True))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = [
         "  ".join(_pad(text, width, i) for i, (text, width) in enumerate(zip(row, widths, strict=True))) for row in rows
     ]
     illegal = [f"left out: {cell.run_id}: {cell.reason}" for cell in cells if cell.reason is not None]
-    steps = sum(cell.run.training.steps * len(cell.run.seeds) for cell in legal)
-    total = f"{len(legal)} cells, {steps:,} steps over all seeds; nothing was trained"
-    return "\n".join([line.rstrip() for line in lines] + illegal + [total])
+    return "\n".join([line.rstrip() for line in lines] + illegal + _basis(outlook) + [_total(legal, seconds, outlook)])
 
 
-def _row(cell: Cell, peak_bytes: Callable[[RunSpec], int | None]) -> tuple[str, ...]:
-    run = cell.run
+def estimated_memory(run: RunSpec, devices: Mapping[str, Any], limit: int | None) -> Memory:
+    """What a run needs on each of the devices ("platform", "count"), counted from its spec."""
+    needed = estimates.estimated_peak_bytes(run, devices["count"], devices["platform"])
+    return Memory(needed, limit, estimated=True)
+
+
+def _row(cell: Cell, run: RunSpec, step: float | None, outlook: Outlook) -> tuple[str, ...]:
     counts = (cost.parameters(run), cost.flops_per_token(run), cost.kv_cache_bytes_per_token(run))
+    hours = None if step is None else _device_hours(run, step, outlook.expectation)
     try:
-        peak = peak_bytes(run)
+        memory = str(outlook.memory(run))
     except UserError as error:
-        return (cell.run_id, *_heads(run), *(f"{n:,}" for n in counts), f"none: {error}")
-    return (
-        cell.run_id,
-        *_heads(run),
-        *(f"{n:,}" for n in counts),
-        "unknown" if peak is None else f"{peak / 2**20:,.0f} MiB",
-    )
+        memory = f"none: {error}"
+    times = ("unknown" if step is None else duration(step), "unknown" if hours is None else f"{hours:,.3g}")
+    return (cell.run_id, *_heads(run), *(f"{n:,}" for n in counts), *times, memory)
+
+
+def _step_seconds(run: RunSpec, expected: Expectation | str) -> float | None:
+    if isinstance(expected, str):
+        return None
+    return expected.step_seconds(estimates.step_flops(run), estimates.update_bytes(run), run.model.dtype)
+
+
+def _device_hours(run: RunSpec, step: float, expected: Expectation | str) -> float | None:
+    return None if isinstance(expected, str) else expected.device_hours(step, run.training.steps)
+
+
+def _basis(outlook: Outlook) -> list[str]:
+    expected = outlook.expectation
+    if isinstance(expected, str):
+        return [f"time: unknown: {expected}"]
+    return [
+        f"time: of the training steps alone, on {expected} a cell; each is taken to reach {expected.basis}",
+        "memory: ~ is counted from the spec, to about a fifth; --compile or --topology asks the compiler",
+    ]
+
+
+def _total(legal: Sequence[tuple[Cell, RunSpec]], seconds: Sequence[float | None], outlook: Outlook) -> str:
+    steps = sum(run.training.steps * len(run.seeds) for _, run in legal)
+    total = f"{len(legal)} cells, {steps:,} steps over all seeds"
+    known = [(run, step) for (_, run), step in zip(legal, seconds, strict=True) if step is not None]
+    if len(known) == len(legal):
+        hours = sum(_device_hours(run, step, outlook.expectation) or 0.0 for run, step in known)
+        wall = sum(run.training.steps * step for run, step in known) / outlook.workers
+        total += f", {hours:,.3g} device-hours: about {duration(wall)} with {_count(outlook.workers, 'cell')} at once"
+    return f"{total}; nothing was trained"
+
+
+def duration(seconds: float) -> str:
+    """ "1.3 ms", "12 s", "3.4 min", "5.6 h"."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _heads(run: RunSpec) -> tuple[str, ...]:
