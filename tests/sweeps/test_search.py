@@ -10,10 +10,11 @@ from mha_jax.config import flatten
 from mha_jax.specs import UserError
 from mha_jax.sweeps import grid
 from mha_jax.sweeps.cell import Exit
-from mha_jax.sweeps.search import best, propose, search
+from mha_jax.sweeps.search import best, limits, propose, search
 from mha_jax.sweeps.store import SweepDirectory
 from mha_jax.sweeps.trials import Trial, read_trials
 from mha_jax.sweeps.tuning import Range, Tuning, parse_tuning
+from mha_jax.training.limits import read_limits
 
 RATE = "optimizer.learning_rate"
 GRID = {"fields": {RATE: (1e-3, 2e-3, 4e-3)}, "seeds": (3, 4)}
@@ -233,6 +234,35 @@ def test_optuna_gives_each_cell_its_own_draws_in_turn(tuned):
     again = Play()
     assert [c.run_id for c in tuned(again, tuning)[0]] == [c.run_id for c in cells]
     assert again.trained == []
+
+
+def test_a_trial_has_the_medians_of_those_before_it_as_limits():
+    pruning = dataclasses.replace(OPTUNA, prune=True)
+    curves = [{5: 9.0, 10: 4.0, 20: 3.0, 30: 2.0}, {5: 8.0, 10: 6.0, 20: 1.0, 30: 1.0}, {5: 7.0, 10: 5.0, 20: 5.0}]
+    trials = [Trial("cell", f"run{i}", {}, "done", curve, None) for i, curve in enumerate(curves)]
+    assert limits(pruning, trials, steps=30) == {10: 5.0, 20: 3.0}  # none before a third, nor at the end
+    assert limits(pruning, trials[:2], steps=30) == {}
+    assert limits(OPTUNA, trials, steps=30) == {}
+
+
+def test_hopeless_trials_are_given_their_limits_and_lose(tuned, tmp_path):
+    """The play gives up whatever has limits: of four trials a cell, the last."""
+
+    class Pruned(Play):
+        def _train(self, run, config):
+            super()._train(run, config)
+            if kept := read_limits(run.path):
+                run.update(pruned=f"validation loss 9.9 at step 5, limit {kept[5]}")
+
+    tuning = {"method": "optuna", "trials": 4, "prune": True, "fields": {RATE: {"low": 1e-4, "high": 1e-2}}}
+    play = Pruned()
+    cells, code = tuned(play, tuning)
+    trials = [trial for trial in read_trials(tmp_path) if trial.cell == cells[0].untuned]
+    assert [trial.state for trial in trials] == ["done", "done", "done", "pruned"]
+    assert trials[3].value is None and trials[3].lost == "validation loss 9.9 at step 5, limit 9.0"
+    assert code == Exit.DONE and cells[0].tuned == min(trials[:3], key=lambda trial: trial.value).values
+    again = Pruned()
+    assert tuned(again, tuning)[0] == cells and again.trained == []
 
 
 def test_sweep_json_keeps_the_grid_and_the_base_and_tells_what_was_tuned(study, tmp_path):

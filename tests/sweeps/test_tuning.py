@@ -65,6 +65,8 @@ def test_optuna_draws_from_ranges_and_choices(tuning_of):
         (f"{{{RATES}, 'trials': 5}}", "trials=5 is for method='optuna'"),
         (f"{{{RATES}, 'method': 'random'}}", "method='random' is not one of 'grid', 'optuna'"),
         (f"{{{RATES}, 'method': 'optuna'}}", "trials=None must be an integer of at least 1"),
+        (f"{{{RATES}, 'prune': True}}", "it needs method='optuna' and metric='validation/loss', not 'grid'"),
+        (f"{{{RATES}, 'prune': 1}}", "prune=1 must be True or False"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(tuning_of, text, told):
