@@ -1,35 +1,26 @@
 """One Transformer block, and a stack of them with heads of its own in every layer."""
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from mha_jax.attention.dropout import dropout
 from mha_jax.attention.multihead import MultiHeadAttention
 from mha_jax.attention.routing import Route, note_routes, routes
 from mha_jax.attention.visibility import Full, Rule
-from mha_jax.models.positions import Positions
+from mha_jax.models.feed_forward import FeedForward, Norm, make_norm, param_dtype
+from mha_jax.models.positions import Positions, embedding_scale
 from mha_jax.specs import HeadShape, ModelSpec, SpanSpec
 
 Keys = Key[Array, " B"] | None
-Norm = nnx.LayerNorm | nnx.RMSNorm
 # What blocks read beside x: the rule of self-attention, a memory, and the rule of attention to it.
 Context = tuple[Rule, Float[Array, "B S D"] | None, Rule | None]
-
-# What stands between the products of a feed-forward layer; with "swiglu", what is multiplied there.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "swiglu": jax.nn.silu,
-}
 
 # What a block keeps for its backward pass: products of activations with weights, or nothing but its input.
 _SAVED = {
@@ -38,39 +29,9 @@ _SAVED = {
 }
 
 
-def param_dtype(spec: ModelSpec) -> DTypeLike:
-    """What parameters, norms and logits are held in: float32 unless the whole model is float64."""
-    return jnp.float64 if spec.dtype == "float64" else jnp.float32
-
-
-def embedding_scale(spec: ModelSpec) -> float:
-    """What embeddings of tokens and of learned positions are multiplied by as they enter."""
-    return spec.d_model**0.5 if spec.scale_embedding else 1.0
-
-
 def fold(keys: Keys, number: int | Int[Array, ""]) -> Keys:
     """Keys for one use of randomness: the same wherever the example is computed, and None for evaluation."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-
-
-def make_norm(spec: ModelSpec, rngs: nnx.Rngs) -> Norm:
-    """A norm over D, held and computed in the parameters' dtype."""
-    kind = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}[spec.normalization]
-    dtype, epsilon = param_dtype(spec), spec.norm_epsilon
-    return kind(spec.d_model, epsilon=epsilon, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
-
-
-def linear(spec: ModelSpec, inputs: int, outputs: int, *, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
-    """A Glorot-uniform linear layer that computes in the model's dtype."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        dtype=jnp.dtype(spec.dtype),
-        param_dtype=param_dtype(spec),
-        kernel_init=nnx.initializers.glorot_uniform(),
-        rngs=rngs,
-    )
 
 
 def _attention(spec: ModelSpec, shape: HeadShape, *, own: bool, rngs: nnx.Rngs) -> MultiHeadAttention:
@@ -93,31 +54,6 @@ def _attention(spec: ModelSpec, shape: HeadShape, *, own: bool, rngs: nnx.Rngs) 
         backend=spec.backend,
         rngs=rngs,
     )
-
-
-class FeedForward(nnx.Module):
-    """Two products with something that is not linear between them, F wide inside.
-
-      y[b,t] = down(activation(up(x[b,t])))               for all but "swiglu" (Vaswani et al. 2017, eq. 2)
-      y[b,t] = down(silu(gating(x[b,t])) * up(x[b,t]))    for "swiglu" (Shazeer 2020, eq. 6)
-
-    Each product has a bias with `use_ff_bias`.
-    """
-
-    def __init__(self, spec: ModelSpec, d_ff: int, *, rngs: nnx.Rngs) -> None:
-        self.activation = ACTIVATIONS[spec.activation]
-        biased = spec.use_ff_bias
-        self.up = linear(spec, spec.d_model, d_ff, use_bias=biased, rngs=rngs)
-        self.down = linear(spec, d_ff, spec.d_model, use_bias=biased, rngs=rngs)
-        gated = spec.activation == "swiglu"
-        self.gating = linear(spec, spec.d_model, d_ff, use_bias=biased, rngs=rngs) if gated else None
-
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        # Rows of one matrix: with more axes, XLA on CPU takes half as long again for the gradients.
-        rows = x_BTD.reshape(-1, x_BTD.shape[-1])
-        if self.gating is None:
-            return self.down(self.activation(self.up(rows))).reshape(x_BTD.shape)
-        return self.down(self.activation(self.gating(rows)) * self.up(rows)).reshape(x_BTD.shape)
 
 
 class Block(nnx.Module):

@@ -6,7 +6,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from mha_jax.specs import UserError
+from mha_jax.specs import ModelSpec, UserError
+
+
+def embedding_scale(spec: ModelSpec) -> float:
+    """What embeddings of tokens and of learned positions are multiplied by as they enter."""
+    return spec.d_model**0.5 if spec.scale_embedding else 1.0
 
 
 def sinusoidal_table(length: int, d_model: int) -> np.ndarray:

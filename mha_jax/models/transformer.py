@@ -10,8 +10,10 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from mha_jax.attention.dropout import dropout
 from mha_jax.attention.gates import make_gate
 from mha_jax.attention.visibility import Causal, Padding, Segments
-from mha_jax.models.blocks import ACTIVATIONS, Keys, Stack, embedding_scale, fold, linear, make_norm, param_dtype
+from mha_jax.models.blocks import Keys, Stack, fold
 from mha_jax.models.cost import matched_d_ff
+from mha_jax.models.feed_forward import ACTIVATIONS, linear, make_norm, param_dtype
+from mha_jax.models.positions import embedding_scale
 from mha_jax.specs import ModelSpec, RunSpec, UserError
 
 

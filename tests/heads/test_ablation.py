@@ -33,7 +33,8 @@ SHAPES = {
         "model__norm": "post",
         "data__buckets": (13,),
     },
-    "classification": {"model__num_heads": (4, 1), "model__positions": "rope"},
+    "masked_lm": {"model__norm": "post", "model__embedding_norm": True, "model__activation": "gelu_exact"},
+    "classification": {"model__num_heads": (4, 1), "model__positions": "rope", "model__pooling": "first"},
 }
 
 

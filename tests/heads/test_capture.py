@@ -29,6 +29,11 @@ BATCHES = {
         "target_inputs": jnp.array([[1, 6, 6, 5, 9, 9, 8], [1, 9, 4, 7, 0, 0, 0]]),
         "weights": jnp.array([[1.0] * 7, [1.0] * 4 + [0.0] * 3]),
     },
+    "masked_lm": {
+        "inputs": jnp.array([[5, 9, 3, 200, 11, 6, 8], [8, 3, 77, 12, 12, 4, 9]]),
+        "lengths": jnp.array([6, 3]),
+        "weights": jnp.array([[0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 7]),
+    },
     "classification": {
         "inputs": jnp.array([[5, 9, 7, 200, 11, 6, 8], [8, 4, 77, 12, 12, 4, 9]]),
         "lengths": jnp.array([6, 3]),
@@ -39,6 +44,7 @@ BATCHES = {
 REAL = {
     "lm": {"decoder": (7, 4)},
     "translation": {"encoder": (4, 3), "decoder": (7, 4)},
+    "masked_lm": {"encoder": (6, 0)},
     "classification": {"encoder": (6, 0)},
 }
 SHAPE = {"model__num_heads": (6, 0), "model__num_kv_heads": (2, 0)}
@@ -81,7 +87,7 @@ def run(model, batch):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(task, marks=pytest.mark.slow) for task in ("translation", "lm", "classification")],
+    params=[pytest.param(task, marks=pytest.mark.slow) for task in BATCHES],
 )
 def seen(request):
     """A model, its batch, its output when nobody looks, and what one program that looks gives."""

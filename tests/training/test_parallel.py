@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mha_jax.specs import UserError
+from mha_jax.training import hosts
 from mha_jax.training.parallel import make_program
 from tests import tiny
 
@@ -48,6 +49,7 @@ def on_one_device(task):
         ("jit over seed, data and head", "translation"),
         ("pmap over data", "translation"),
         ("pmap over data", "classification"),
+        ("jit over seed, data and head", "masked_lm"),
     ],
 )
 def test_eight_devices_equal_one_over_20_steps_in_float64(layout, task):
@@ -93,6 +95,25 @@ def test_heads_are_split_over_the_head_axis_of_the_mesh():
     for name, axis in (("query", 2), ("key", 2), ("value", 2), ("out", 1)):
         kernel = attention[name]["kernel"]
         assert kernel.sharding.shard_shape(kernel.shape)[axis] == 1, name
+
+
+def test_batches_counted_in_tokens_are_refused_by_their_rows():
+    rows = "batches of 24 and 40 rows do not split over 3 data devices; 1, 2, 4 and 8 fit"
+    with pytest.raises(UserError, match=rows):
+        make_program(tiny.run("translation", data__batch_tokens=24 * 13, mesh__data=3), jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"parallel": "pmap"}, "parallel='pmap' runs in one process"),
+        ({"mesh__data": 4}, "uses 4 of 8 devices; over several processes it must use them all"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(monkeypatch, overrides, message):
+    monkeypatch.setattr(hosts, "_group", hosts.Group(2, 0, "localhost:1"))
+    with pytest.raises(UserError, match=message):
+        make_program(tiny.run("lm", **overrides), jax.devices())
 
 
 @pytest.mark.parametrize(

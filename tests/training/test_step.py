@@ -25,7 +25,7 @@ def test_token_losses_are_cross_entropies_with_the_smoothed_target():
 
 
 @pytest.mark.parametrize(
-    "task", ["lm", *(pytest.param(t, marks=pytest.mark.slow) for t in ("translation", "classification"))]
+    "task", ["lm", *(pytest.param(t, marks=pytest.mark.slow) for t in ("translation", "classification", "masked_lm"))]
 )
 def test_a_tiny_model_memorises_one_batch(task):
     spec = tiny.run(task, optimizer__learning_rate=2e-2, optimizer__schedule="constant", model__d_ff=40)
