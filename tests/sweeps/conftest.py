@@ -14,13 +14,13 @@ def get_config(profile=""):
     if profile not in ("", "wide"):
         raise KeyError(profile)
     config = ConfigDict()
-    config.update(name="tiny", task="lm", seeds=(0, 1), parallel="jit")
+    config.update(name="tiny", task="lm", seeds=(0, 1), parallel="jit", pack="auto")
     config.mesh = {"seed": 1, "data": placeholder(int), "head": 1}
     config.model = dict(num_layers=1, d_model=22 if profile == "wide" else 12, num_heads=2, d_ff=13, max_length=8)
     config.model.update(match="none", match_base=placeholder(dict), num_kv_heads=placeholder(int))
     config.model.update(qk_dim=placeholder(int), v_dim=placeholder(int), dropout_rate=0.0)
     config.data = dict(source="embedded", length=7, batch_size=5, data_dir=placeholder(str))
-    config.optimizer = {"learning_rate": 1e-3}
+    config.optimizer = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 3}
     config.training = dict(steps=11, eval_every=5, checkpoint_every=4)
     config.decoding = ConfigDict()
     return config.lock()
@@ -74,7 +74,7 @@ def play_one(config, run, directory, report, should_stop):
         return RuntimeError("planted")
     if run.name == "wrong":
         return UserError("the text is empty")
-    if run.name == "greedy" and os.environ.get("ALONE") != "1":
+    if run.name == "greedy":
         os.kill(os.getpid(), 9)
     for step in range(start, run.training.steps):
         if should_stop():

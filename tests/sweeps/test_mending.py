@@ -22,7 +22,7 @@ def sweep(config_file, tmp_path):
     cells = grid.cells(study)
     made = SweepDirectory.create(tmp_path / "w", study, cells, FACTS)
     done = made.runs[0]
-    done.update(state="done", step=11, attempts=3)
+    done.update(state="done", step=11, steps=11, attempts=3)
     rows = [{"step": s, "seed": 0, "split": "validation", "name": "loss", "value": 1.5} for s in (5, 11)]
     (done.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (done.path / "checkpoints" / "11").mkdir(parents=True)
@@ -125,7 +125,7 @@ def test_a_run_in_use_is_left_alone(sweep):
 
 def test_incidents_add_up(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.update(state="done", step=11, incidents=["attempt 1: killed"])
+    directory.update(state="done", step=11, steps=11, incidents=["attempt 1: killed"])
     (tmp_path / "checkpoints" / "11").mkdir(parents=True)
     manifests.seal(directory.path / "checkpoints" / "11", {})
     assert len(mend_run(directory)) == 1

@@ -2,30 +2,26 @@
 
 import signal
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+
+from etils import epath
 
 from mha_jax.sweeps.store import RunDirectory
 
 HANG_SECONDS = 1800.0  # compiling a large model, or decoding a whole test set, takes many minutes without a sign
 _GRACE_SECONDS = 30.0
-_SIGNS = ("status.json", "metrics.jsonl")
-
-
-class Signalled(Protocol):
-    def send_signal(self, number: int, /) -> None: ...
 
 
 class Patience:
-    """Watches one process through the files of its runs; clocks of files are compared with themselves only.
+    """Watches one process through what its runs report and measure, so that no clock but our own counts.
 
-    A process that has changed none of them for `seconds` gets SIGUSR1, at which a cell prints the stacks of its
+    A process that does neither for `seconds` gets SIGUSR1, at which a cell prints the stacks of its
     threads, then SIGTERM, and in the end SIGKILL. `hung` then says where it stood; None before.
     """
 
-    def __init__(self, process: Signalled, runs: Sequence[RunDirectory], seconds: float):
+    def __init__(self, signal_process: Callable, runs: Sequence[RunDirectory], seconds: float):
         self.hung: str | None = None
-        self._process, self._runs, self._seconds = process, runs, seconds
+        self._signal, self._runs, self._seconds = signal_process, runs, seconds
         self._signs, self._moved = self._read(), time.monotonic()
         self._looked = self._moved
         self._due: list[tuple[float, signal.Signals]] = []
@@ -40,7 +36,7 @@ class Patience:
             elif now - self._moved >= self._seconds:
                 self._give_up(now)
         while self._due and now >= self._due[0][0]:
-            self._process.send_signal(self._due.pop(0)[1])
+            self._signal(self._due.pop(0)[1])
 
     def _give_up(self, now: float) -> None:
         step = max(int(run.status.get("step", 0)) for run in self._runs)
@@ -48,6 +44,13 @@ class Patience:
         stop, kill = now + min(self._seconds, 1), now + min(self._seconds, _GRACE_SECONDS)
         self._due = [(now, signal.SIGUSR1), (stop, signal.SIGTERM), (kill, signal.SIGKILL)]
 
-    def _read(self) -> list[tuple[float, int]]:
-        stats = [file.stat() for run in self._runs for name in _SIGNS if (file := run.path / name).exists()]
-        return [(stat.mtime, stat.length) for stat in stats]
+    def _read(self) -> list[tuple[str, int]]:
+        return [(_text(run.path / "status.json"), _length(run.path / "metrics.jsonl")) for run in self._runs]
+
+
+def _text(file: epath.Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def _length(file: epath.Path) -> int:
+    return file.stat().length if file.exists() else 0
