@@ -92,23 +92,26 @@ def table(values: flags.FlagValues, found: dict[str, Any], cells: Sequence[Cell]
 
     device = _device(values, found)
     limit = None if device is None else device.memory_bytes
-    outlook = preview.Outlook(
-        expected(values, found, cells), workers(values, found, cells), _memory(values, found, limit)
-    )
+    memory, basis = _memory(values, found, limit)
+    outlook = preview.Outlook(expected(values, found, cells), workers(values, found, cells), memory, basis)
     return preview.table(cells, outlook)
 
 
-def _memory(values: flags.FlagValues, found: dict[str, Any], limit: int | None) -> Any:
+def _memory(values: flags.FlagValues, found: dict[str, Any], limit: int | None) -> tuple[Any, str]:
+    """What tells the memory of a run, and one line on what that rests on."""
     from mha_jax.sweeps import preview
 
     if values.topology is None and not values.compile:
-        return lambda run: preview.estimated_memory(run, found, limit)
+        basis = "counted from the spec, to about a fifth; --compile or --topology asks the compiler"
+        return (lambda run: preview.estimated_memory(run, found, limit)), basis
     import jax
 
     from mha_jax.sweeps import slices
 
     there = _slice(values.topology) if values.topology is not None else jax.devices()
-    return slices.once_a_shape(lambda run: slices.planned_memory(run, there, limit))
+    where = f"the TPU slice {values.topology}" if values.topology else "the devices here"
+    memory = slices.once_a_shape(lambda run: slices.planned_memory(run, there, limit))
+    return memory, f"of each device, as the compiler plans it for {where}"
 
 
 def _slice(topology: str) -> list[Any]:

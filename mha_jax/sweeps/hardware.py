@@ -33,7 +33,7 @@ class Device:
     kinds: tuple[str, ...]
     peak_flops: Mapping[str, float]  # a second, by model.dtype
     memory_bytes: int | None
-    bytes_per_second: float | None  # of its memory; None: not known, and left out of account
+    bytes_per_second: int | float | None  # of its memory; None: not known, and left out of account
     source: str
 
 

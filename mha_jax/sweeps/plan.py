@@ -16,7 +16,7 @@ class Expectation:
     kinds: tuple[str, ...]  # what JAX calls the device
     devices: int  # that a cell has; on a CPU cores
     flops_per_second: Mapping[str, float]  # of one device, by model.dtype
-    bytes_per_second: float | None  # of its memory
+    bytes_per_second: int | float | None  # of its memory
     basis: str
 
     def __str__(self) -> str:
@@ -25,7 +25,7 @@ class Expectation:
             return f"{self.devices} × {self.device}"
         return f"{self.devices} core{'s' * (self.devices > 1)} of {self.device}"
 
-    def step_seconds(self, flops: float, update_bytes: float, dtype: str) -> float | None:
+    def step_seconds(self, flops: int | float, update_bytes: int | float, dtype: str) -> float | None:
         """The longer of computing the step and of moving what the update moves; None for a dtype of unknown peak.
 
         Args: flops, update_bytes: of one step of all seeds, as `mha_jax.training.estimates` counts them.

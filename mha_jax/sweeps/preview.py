@@ -35,6 +35,7 @@ class Outlook:
     expectation: Expectation | str
     workers: int  # cells at once
     memory: Callable[[RunSpec], Memory]
+    memory_basis: str  # where those numbers are from
 
 
 def table(cells: Sequence[Cell], outlook: Outlook) -> str:
@@ -82,13 +83,11 @@ def _device_hours(run: RunSpec, step: float, expected: Expectation | str) -> flo
 
 
 def _basis(outlook: Outlook) -> list[str]:
-    expected = outlook.expectation
-    if isinstance(expected, str):
-        return [f"time: unknown: {expected}"]
-    return [
-        f"time: of the training steps alone, on {expected} a cell; each is taken to reach {expected.basis}",
-        "memory: ~ is counted from the spec, to about a fifth; --compile or --topology asks the compiler",
-    ]
+    expected, time = outlook.expectation, "time: unknown: "
+    if isinstance(expected, Expectation):
+        time = f"time: of the training steps alone, on {expected} a cell, with what one reaches taken to be "
+        expected = expected.basis
+    return [time + expected, f"memory: {outlook.memory_basis}"]
 
 
 def _total(legal: Sequence[tuple[Cell, RunSpec]], seconds: Sequence[float | None], outlook: Outlook) -> str:
