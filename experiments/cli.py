@@ -1,5 +1,6 @@
 """What the scripts share: config flags with overrides, one line for a user's mistake, exit codes."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 
@@ -9,7 +10,8 @@ from ml_collections import config_flags
 from mha_jax import config as configs
 from mha_jax.specs import UserError
 from mha_jax.storage import told
-from mha_jax.sweeps import grid
+from mha_jax.sweeps import grid, preparation
+from mha_jax.training import hosts
 
 
 def run(main: Callable[[list[str]], int]) -> None:
@@ -54,6 +56,37 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> None:
     if path is not None:
         _check_overrides(argv, grid.load(path))
     config_flags.DEFINE_config_file("config", None, "Config file[:profile].", flag_values=values, sys_argv=argv)
+
+
+def define_hosts(values: flags.FlagValues) -> None:
+    """--coordinator, --num_processes, --process_id, or --multihost, where several processes train one run."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where the processes of a run meet.", flag_values=values
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes train each run.", 1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", 0, flag_values=values)
+    flags.DEFINE_bool(
+        "multihost", False, "Several processes, as the TPU pod, Slurm or Open MPI tells.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "watchdog_seconds",
+        600.0,
+        "Several processes: no step ends for so long, and the run is ended, naming who does not answer; 0: never.",
+        flag_values=values,
+    )
+
+
+def enrol(values: flags.FlagValues) -> None:
+    """Finds this process's place among several. Raises UserError for flags that do not go together."""
+    given = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
+    missing = [name for name, value in given.items() if value is None]
+    if values.multihost and len(missing) < len(given):
+        raise UserError("--multihost asks the cluster; leave out --coordinator, --num_processes and --process_id")
+    if not values.multihost and missing and len(missing) < len(given):
+        raise UserError(f"--{missing[0]} is missing: --coordinator, --num_processes and --process_id go together")
+    alone_or_given = hosts.Group() if missing else hosts.Group(**given)
+    group = preparation.cluster() if values.multihost else alone_or_given
+    hosts.enrol(dataclasses.replace(group, watchdog_seconds=values.watchdog_seconds))
 
 
 def study(values: flags.FlagValues) -> grid.Study:

@@ -1,6 +1,7 @@
 """Trains one run: `python -m experiments.train --config=configs/default.py --workdir=DIR --config.model.num_heads=4`.
 
 Run again with the same flags, it goes on where it was stopped. `--run=DIR/runs/NAME` goes on with a run of a sweep.
+With --coordinator=HOST:PORT --num_processes=N --process_id=I it is one of N processes that train the run together.
 """
 
 import dataclasses
@@ -13,7 +14,10 @@ from experiments import cli
 from mha_jax.specs import UserError
 from mha_jax.sweeps import grid, provenance
 from mha_jax.sweeps.cell import Exit, run_cell
+from mha_jax.sweeps.executors import local
+from mha_jax.sweeps.mending import mend_sweep
 from mha_jax.sweeps.store import RunDirectory, SweepDirectory
+from mha_jax.training import hosts
 
 _STARTED = time.time()
 
@@ -26,10 +30,15 @@ def main(argv: list[str]) -> int:
         "run", None, "A run directory to go on with, instead of --config and --workdir.", flag_values=values
     )
     flags.DEFINE_bool("progress", True, "Show a progress bar.", flag_values=values)
+    cli.define_hosts(values)
     cli.parse(values, argv, __doc__)
+    cli.enrol(values)
     directory = RunDirectory(values.run) if values.run else _prepare(values)
     print(f"run {directory.run_id} in {directory.path}")
-    code = run_cell(directory, started=_STARTED, progress=values.progress)
+    if hosts.several():
+        code = local.run([[directory]])  # a child: JAX ends a process whose coordinator is gone, and we tell why
+    else:
+        code = run_cell(directory, started=_STARTED, progress=values.progress)
     if code == Exit.WRONG_INPUT:
         raise UserError(directory.status["error"])
     if code == Exit.FAILED:
@@ -46,6 +55,8 @@ def _prepare(values: flags.FlagValues) -> RunDirectory:
     overrides = config_flags.get_override_values(values["config"])
     study = dataclasses.replace(study, sweep=[overrides], tuning=None)  # one run trains with what its config says
     made = grid.cells(study)
+    for line in mend_sweep(values.workdir, made):
+        print(f"warning: {line}")
     facts = {"versions": provenance.versions(), "commit": provenance.commit()}
     return SweepDirectory.create(values.workdir, study, made, facts).runs[0]
 

@@ -157,7 +157,7 @@ class RunSpec:
     def check_devices(self, num_devices: int) -> None:
         """Raises UserError where batch or heads do not divide over the devices of the machine at hand."""
         _, data, head = self.mesh.sizes(num_devices)
-        if self.data.batch_size % data:
+        if self.data.batch_tokens is None and self.data.batch_size % data:
             fits = [d for d in divisors(self.data.batch_size) if d <= num_devices]
             raise UserError(
                 f"data.batch_size={self.data.batch_size} is not a multiple of {data} data devices; {listing(fits)} fit"

@@ -150,6 +150,7 @@ class JitProgram:
             start = time.perf_counter()
             with partitioned(self._splits(name)), noting_backends() as notes:
                 compiled = self._compiled[key] = function.lower(*args).compile()
+            hosts.beat()
             self.attention += [note for note in notes if note not in self.attention]
             self.compile_seconds += time.perf_counter() - start
             if name == "step":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mha_jax.training.devices import cpu_devices
+from mha_jax.training.devices import cpu_devices, devices_each
 from tests import tiny
 
 
@@ -26,3 +26,10 @@ def test_batches_are_split_over_the_most_cores_that_divide_them(overrides, cores
 def test_every_bucket_of_a_translation_run_is_split():
     run = tiny.run("translation", data__batch_tokens=24 * 13)
     assert cpu_devices(run, 3) == 2  # 24 and 40 rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "each"), [({}, 1), ({"mesh__head": 2}, 1), ({"mesh__head": 2, "mesh__data": 4}, 4)]
+)
+def test_each_of_two_processes_has_one_device_or_what_the_mesh_asks_for(overrides, each):
+    assert devices_each(tiny.run("lm", **overrides), 2) == each
