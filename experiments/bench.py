@@ -9,6 +9,7 @@ ablation     the loss without each head in turn: over a kept prefix, one gate at
 pruned       a model without half its heads, one built with that shape, and the whole one, by batch size
 routing      a layer whose router picks heads: all computed and gated, gathered, and a layer of so few heads
 gates        a step of a language model with each way of gating its heads, beside one without
+sweep        six small cells of one shape trained in packs, and each in a process of its own
 train_step   a step of a language model, next to its matrix products alone and to PyTorch's step
 faults       a sweep killed at random moments: what differs from the same sweep left alone (nothing is timed)
 
@@ -37,6 +38,7 @@ from mha_jax.benchmarks import (
     pruned,
     routing,
     sparse,
+    sweep,
     tables,
     train_step,
 )
@@ -81,6 +83,7 @@ VERBS = {
     "routing": Verb(routing.Setting, routing.measure, tables.routing_table, None),
     "gates": Verb(gates.Setting, gates.measure, tables.gates_table, None),
     "train_step": Verb(train_step.Setting, train_step.measure, tables.train_step, plots.train_step_figure),
+    "sweep": Verb(sweep.Setting, sweep.measure, sweep.table, None),
     "faults": Verb(faults.Setting, faults.measure, faults.table, None),
 }
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mha_jax import config as configs
-from mha_jax.data import batch_shapes
-from mha_jax.specs import ATTENTION_KINDS, RunSpec
+from mha_jax.specs import RunSpec
 from mha_jax.sweeps.store import RunDirectory
+from mha_jax.training import hosts
 
 _MEMORY_SHARE = 0.8  # of a device's memory, as evaluation and the allocator want some too
 _LONG = 5e12  # FLOPs that a core of a CPU works off in about two minutes
@@ -24,13 +24,17 @@ def packs(directories: Sequence[RunDirectory], *, workers: int, devices: Mapping
 
       pack   members (cells times their seeds), where config.pack is a number: 1 packs nothing;
       N / workers cells of the N that are not done, so that no worker is idle;
-      what fits, with pack="auto": `member_bytes` of all in 0.8 of the memory that a worker has.
+      what fits, with pack="auto": `estimated_peak_bytes` of all in 0.8 of the memory that a worker has.
 
     With "auto" a CPU packs short cells only, whose start-up and compilation cost as much as their training: its members
     take turns, so that nothing else is won, and long cells had better end one by one. Accelerators pack all.
 
+    Cells that several processes train together go one by one.
+
     Args: devices: "platform", "count" and "memory" (bytes a device, None where unknown: then "auto" packs nothing).
     """
+    if hosts.several():
+        return [[directory] for directory in directories]
     made = [[directory] for directory in directories if directory.state == "done"]
     waiting = [directory for directory in directories if directory.state != "done"]
     fair = math.ceil(len(waiting) / workers)
@@ -40,7 +44,7 @@ def packs(directories: Sequence[RunDirectory], *, workers: int, devices: Mapping
         groups.setdefault(repr((_shape(run), _checkpoint(directory))), []).append((directory, run))
     for group in groups.values():
         largest = max((run for _, run in group), key=lambda run: len(run.seeds))
-        most = min(fair, _most(largest, workers, devices)) if len(group) > 1 else 1
+        most = _most(largest, fair, workers, devices) if len(group) > 1 else 1
         made += _even([directory for directory, _ in group], math.ceil(len(group) / max(most, 1)))
     order = {directory.run_id: place for place, directory in enumerate(directories)}
     return sorted(made, key=lambda pack: order[pack[0].run_id])
@@ -49,7 +53,7 @@ def packs(directories: Sequence[RunDirectory], *, workers: int, devices: Mapping
 def _shape(run: RunSpec) -> RunSpec:
     """The run without what its program takes as arguments."""
     optimizer = dataclasses.replace(run.optimizer, learning_rate=1.0, weight_decay=0.0)
-    return dataclasses.replace(run, name="", seeds=(0,), optimizer=optimizer)
+    return dataclasses.replace(run, name="", seeds=tuple(range(run.mesh.seed)), optimizer=optimizer)
 
 
 def _checkpoint(directory: RunDirectory) -> int:
@@ -59,51 +63,22 @@ def _checkpoint(directory: RunDirectory) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def _most(run: RunSpec, workers: int, devices: Mapping[str, Any]) -> int:
-    """How many cells like this one a pack may have."""
+def _most(run: RunSpec, fair: int, workers: int, devices: Mapping[str, Any]) -> int:
+    """How many cells like this one a pack may have, `fair` at most."""
     if run.pack != "auto":
-        return int(run.pack) // len(run.seeds)
-    on_cpu = devices["platform"] == "cpu"
-    if on_cpu and _flops(run) > _LONG:
+        return min(fair, int(run.pack) // len(run.seeds))
+    from mha_jax.training import estimates  # flax takes seconds to import: only where cells may be packed
+
+    platform, count = devices["platform"], devices["count"]
+    if platform == "cpu" and estimates.step_flops(run) * run.training.steps > _LONG:
         return 1
-    memory = _machine_memory() if on_cpu else devices.get("memory") and devices["memory"] * devices["count"]
-    return int(_MEMORY_SHARE * (memory or 0) / workers / (member_bytes(run) * len(run.seeds)))
+    memory = _machine_memory() if platform == "cpu" else devices.get("memory") or 0
 
+    def fits(cells: int) -> bool:
+        together = dataclasses.replace(run, seeds=tuple(range(cells * len(run.seeds))))
+        return estimates.estimated_peak_bytes(together, count, platform) * workers <= _MEMORY_SHARE * memory
 
-def _flops(run: RunSpec) -> float:
-    """Of the whole training of a cell, all its seeds; backward costs twice what forward does."""
-    from mha_jax.models import cost  # flax takes seconds to import: only where cells may be packed
-
-    return 3.0 * cost.flops_per_token(run) * _tokens(run) * run.training.steps * len(run.seeds)
-
-
-def member_bytes(run: RunSpec) -> int:
-    """Bytes that one more seed takes in a training step, guessed from above.
-
-      parameters * 20 + n * (68 d + 10 H T) * attentions + n * 12 C
-
-    for n target tokens a batch of length T, C tokens in the vocabulary: parameters, gradients, both moments and one
-    copy in float32; what each layer keeps for its backward pass (Korthikanti et al. 2022, equation 1, where d_ff = 4 d,
-    in float32 instead of 16 bits); logits, their softmax and its gradient. Twice that in float64.
-    """
-    from mha_jax.models import cost
-
-    width = max(run.model.d_model, run.model.d_ff // 4)
-    tokens, length = _tokens(run), run.data.length
-    layers = sum(
-        68 * width + 10 * shape.num_heads * length
-        for kind in ATTENTION_KINDS[run.task]
-        for shape in run.model.heads(kind)
-    )
-    size = 20 * cost.parameters(run) + tokens * (layers + 12 * run.data.tokens)
-    return size * (2 if run.model.dtype == "float64" else 1)
-
-
-def _tokens(run: RunSpec) -> int:
-    """Tokens of the largest batch."""
-    return max(math.prod(batch["weights"].shape) for batch in batch_shapes(run.data, run.task)) * (
-        run.data.length if run.task == "classification" else 1
-    )
+    return max((cells for cells in range(1, fair + 1) if fits(cells)), default=1)
 
 
 def _machine_memory() -> int:

@@ -113,6 +113,25 @@ def test_what_the_user_must_mend_is_not_tried_again(cells, cell_command):
     assert trace(directory) == ["wrong from 0"]
 
 
+def test_a_pack_is_trained_in_one_process_and_what_fails_in_it_once_more_by_itself(cells, cell_command):
+    directories = cells("a", "broken", "b")
+    said = []
+    assert local.run([directories], command=cell_command, say=said.append) == Exit.FAILED
+    assert trace(directories[0]) == ["a from 0", "broken from 0", "b from 0", "broken from 0"]
+    assert [directory.state for directory in directories] == ["done", "failed", "done"]
+    assert said[-1] == "[3/3] broken: failed: RuntimeError: planted"
+
+
+def test_a_pack_that_dies_twice_is_taken_apart(cells, cell_command):
+    directories = cells("a", "greedy")
+    said = []
+    assert local.run([directories], command=cell_command, say=said.append) == Exit.FAILED
+    # Both processes of the pack die with "greedy" before "a" is recorded; then each goes by itself.
+    assert trace(directories[0]) == ["a from 0", "greedy from 0", *["a from 11", "greedy from 0"] * 2]
+    assert [directory.state for directory in directories] == ["done", "failed"]
+    assert said[-1] == "[2/2] greedy: failed: killed by SIGKILL (out of memory?)"
+
+
 @pytest.mark.slow
 def test_sigterm_to_the_driver_stops_the_cells_with_their_state(cells, cell_command, drive):
     directories = cells("slow", "a")
