@@ -139,7 +139,7 @@ def _train(
 
 
 class _Report:
-    """Writes what the training loop tells to status.json; seconds add up over the attempts of a run."""
+    """Writes what the training loop tells to status.json; seconds and incidents add up over the attempts of a run."""
 
     def __init__(self, directory: RunDirectory, imports: float):
         self._directory = directory
@@ -151,6 +151,9 @@ class _Report:
             now = {"imports": self._imports, **facts["seconds"]}
             names = [*self._before, *(name for name in now if name not in self._before)]
             facts = {**facts, "seconds": {n: round(self._before.get(n, 0) + now.get(n, 0), 3) for n in names}}
+        facts = {name: value for name, value in facts.items() if value is not None}  # unknown this time, not undone
+        if "incidents" in facts:
+            facts = {**facts, "incidents": [*self._directory.status["incidents"], *facts["incidents"]]}
         self._directory.update(**facts)
 
 

@@ -244,8 +244,10 @@ def train(
             starts.setdefault(step, []).append((part, state))
         except UserError as error:
             ended[part] = error
-        for problem in part.checkpoints.problems:
+        for problem in part.problems:
             tqdm.write(f"warning: {problem}")
+        if part.problems:
+            part.report({"incidents": part.problems})
     for step, together in starts.items():
         pack = _Pack([part for part, _ in together], data, program, clock)
         outcome = _train(pack, step, pack.load([state for _, state in together]), should_stop, progress)

@@ -50,17 +50,19 @@ class MetricsLog:
                 writer.add_scalar(f"{split}/{name}", float(column[r]), int(step))
             writer.flush()
 
-    def rewind(self, step: int, keep_evaluations: bool = True) -> None:
+    def rewind(self, step: int, keep_evaluations: bool = True) -> list[str]:
         """Forgets every line of a later step and every broken line, as a run resumed at `step` will write them again.
 
         `rewind(-1)` forgets all. Without `keep_evaluations`, of the lines of `step` itself only split "train" stays.
         TensorBoard hides the events of the forgotten steps.
+
+        Returns: what is wrong with the broken lines, as `read_metrics` tells it.
         """
         self.close()
         self._purge_step = step + 1
         if not (hosts.first() and self.path.exists()):
-            return
-        rows, _ = read_metrics(self.path)
+            return []
+        rows, broken = read_metrics(self.path)
         rows = [
             r for r in rows if r["step"] < step or (r["step"] == step and (keep_evaluations or r["split"] == "train"))
         ]
@@ -68,6 +70,7 @@ class MetricsLog:
         partial = self.path.with_name(self.path.name + ".tmp")
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(self.path)
+        return broken
 
     def close(self) -> None:
         """Closes the TensorBoard files; a later write opens new ones."""

@@ -13,7 +13,7 @@ from mha_jax.config import config_hash
 from mha_jax.data import Data
 from mha_jax.models import cost
 from mha_jax.specs import RunSpec, UserError
-from mha_jax.training import hosts
+from mha_jax.training import estimates, hosts
 from mha_jax.training.checkpoints import Checkpoints
 from mha_jax.training.evaluation import average, seed_gates
 from mha_jax.training.limits import GivenUp, read_limits
@@ -68,6 +68,7 @@ class Part:
         self.validation_loss: float | None = None
         self.members, self.share = slice(None), 1.0
         self.error: Exception | None = None
+        self.problems: list[str] = []  # what was found damaged when it was restored
         self._limits = read_limits(directory)
 
     def begin(self, data: Data) -> None:
@@ -82,6 +83,8 @@ class Part:
                 "flops_per_token": cost.flops_per_token(self.run),
                 "active_flops_per_token": cost.active_flops_per_token(self.run),
                 "kv_cache_bytes_per_token": cost.kv_cache_bytes_per_token(self.run),
+                "step_flops": estimates.step_flops(self.run),
+                "update_bytes": estimates.update_bytes(self.run),
             }
         )
 
@@ -91,13 +94,14 @@ class Part:
         Raises: UserError for checkpoints of another config, and for none where the run has no other start.
         """
         restored = self.checkpoints.restore(program.abstract_state(self.run))
+        self.problems = list(self.checkpoints.problems)
         if restored is None and self.run.parent is not None:
             raise UserError(
                 f"{self.checkpoints.directory} has no good checkpoint, and a run made out of {self.run.parent['run']} "
                 "has no other start: make it again"
             )
         if restored is None:
-            self.log.rewind(-1)
+            self.problems += self.log.rewind(-1)
             return 0, None
         if restored.metadata["config_hash"] != self.config_hash:
             raise UserError(
@@ -105,7 +109,7 @@ class Part:
                 f"this run is {self.config_hash}: use another directory"
             )
         # The rows of the last step itself are those of the end, which is evaluated again.
-        self.log.rewind(restored.step, keep_evaluations=restored.step < self.run.training.steps)
+        self.problems += self.log.rewind(restored.step, keep_evaluations=restored.step < self.run.training.steps)
         self.window = Window.from_dict(restored.metadata["window"])
         return restored.step, restored.state
 

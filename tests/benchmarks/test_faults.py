@@ -18,7 +18,7 @@ SMALL = faults.Setting(kills=3, cells=2, steps=40, checkpoint_every=6, eval_ever
 def pair(tmp_path):
     """A finished sweep and its copy, as if both had been run, without training."""
     calm, struck = (faults.Sweep(tmp_path / name, tmp_path / "faults.py") for name in ("calm", "struck"))
-    study = grid.load(str(faults._write_config(tmp_path, SMALL)))
+    study = grid.load(str(faults.write_config(tmp_path, SMALL)))
     made = SweepDirectory.create(calm.workdir, study, grid.cells(study), {})
     for run in made.runs:
         run.update(state="done", attempts=1)

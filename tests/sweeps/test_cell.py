@@ -96,6 +96,61 @@ def test_what_the_user_got_wrong_is_another_exit_code(directory, play):
     assert directory.status["error"] == "the text is empty"
 
 
+def test_a_full_disk_is_the_users_to_mend(directory, play):
+    def act(report, should_stop):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    play(act)
+    assert run_cell(directory) == Exit.WRONG_INPUT
+    assert directory.status["error"] == f"disk full: {directory.path}"
+    assert "No space left on device" in (directory.path / "error.txt").read_text()
+
+
+@pytest.mark.parametrize("error", [MemoryError("18 GiB"), RuntimeError("RESOURCE_EXHAUSTED: 18 GiB of host memory")])
+def test_memory_that_does_not_suffice_is_told_with_what_was_predicted(directory, play, error):
+    def act(report, should_stop):
+        report({"predicted_peak_bytes": 3 * 2**30})
+        raise error
+
+    play(act)
+    assert run_cell(directory) == Exit.FAILED
+    told = f"OutOfMemory: {type(error).__name__}: {error} (3,072 MiB were predicted)"
+    assert directory.status["error"] == told
+
+
+def test_what_an_attempt_was_cut_short_by_stays_with_the_run(directory, play):
+    directory.update(state="running", step=4, attempts=1)
+    play(fail(RuntimeError("planted")))
+    run_cell(directory)
+    play(lambda report, should_stop: report({"incidents": ["checkpoint step 8 is damaged"]}) or "stopped")
+    run_cell(directory)
+    play(lambda report, should_stop: "done")
+    assert run_cell(directory) == Exit.DONE
+    assert directory.status["incidents"] == [
+        "attempt 1: killed at step 4 or later",
+        "attempt 2: RuntimeError: planted",
+        "checkpoint step 8 is damaged",
+    ]
+
+
+def test_a_damaged_status_costs_a_run_that_is_done_nothing_but_its_end(directory, play):
+    (directory.path / "status.json").write_text("")
+    seen = play(lambda report, should_stop: "done")
+    assert run_cell(directory) == Exit.DONE
+    assert len(seen) == 1 and "status.json is damaged" in directory.status["incidents"][0]
+
+
+def test_a_clock_that_goes_back_makes_no_time_negative(directory, play, monkeypatch):
+    now = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    play(lambda report, should_stop: report({"seconds": {"train": 2.0}}) or "done")
+    assert run_cell(directory) == Exit.DONE
+    status = directory.status
+    assert status["finished"] < status["started"]
+    assert status["seconds"] == {"imports": 0.0, "train": 2.0}
+
+
 def test_devices_that_do_not_fit_stop_the_run_before_its_training(config_file, tmp_path, play):
     seen = play(lambda report, should_stop: "done")
     directory = RunDirectory.create(tmp_path / "runs" / "r", grid.load(config_file, {"mesh.data": 1000}).config)

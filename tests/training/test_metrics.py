@@ -57,7 +57,8 @@ def test_rewind_drops_later_steps_and_the_broken_last_line(tmp_path):
         log.write(step, "train", {"loss": np.asarray([math.nan if step == 1 else step])})
     with log.path.open("a") as file:
         file.write('{"step": 3, "seed": 0, "spl')
-    MetricsLog(tmp_path, seeds=(0,)).rewind(2)
+    (told,) = MetricsLog(tmp_path, seeds=(0,)).rewind(2)
+    assert "line 4 is corrupt" in told
     log.write(3, "train", {"loss": np.asarray([30.0])})
     rows, problems = read_metrics(log.path)
     np.testing.assert_equal([(row["step"], row["value"]) for row in rows], [(1, math.nan), (2, 2.0), (3, 30.0)])

@@ -39,7 +39,7 @@ def test_one_that_stands_still_is_asked_for_its_stacks_then_to_stop_and_then_kil
     run.update(step=7)
     patience = Patience(sent.append, [run], seconds=40.0)
     stages = [signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL]
-    for seconds, count in ((39, 0), (1, 1), (2, 2), (30, 3)):
+    for seconds, count in ((39, 0), (2, 1), (2, 2), (30, 3)):
         moment(seconds)
         patience.look()
         assert sent == stages[:count]
