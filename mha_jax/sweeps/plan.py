@@ -82,5 +82,13 @@ class Memory:
         return text if self.needed <= self.limit else f"{text}: {_size(self.needed - self.limit)} too much"
 
 
+def duration(seconds: float) -> str:
+    """ "1.3 ms", "12 s", "3.4 min", "5.6 h"."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{1e3 * seconds:.3g} ms"
+
+
 def _size(value: int) -> str:
     return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.0f} MiB"

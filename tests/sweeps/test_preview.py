@@ -5,7 +5,7 @@ import pytest
 
 from mha_jax.specs import UserError
 from mha_jax.sweeps import grid, preview
-from mha_jax.sweeps.plan import Expectation, Memory
+from mha_jax.sweeps.plan import Expectation, Memory, duration
 
 EXPECTED = Expectation("toy", ("Toy 1",), 2, {"float32": 1e9}, None, "1 GFLOP/s in float32, an assumption")
 
@@ -72,4 +72,4 @@ def test_sixty_cells_are_priced_without_compiling_anything(cells):
     [(0.00123, "1.23 ms"), (12.34, "12.3 s"), (90.0, "1.5 min"), (7200.0, "2 h"), (3.6e6, "1e+03 h")],
 )
 def test_durations_are_told_in_their_unit(seconds, text):
-    assert preview.duration(seconds) == text
+    assert duration(seconds) == text
