@@ -12,6 +12,7 @@ from mha_jax.sweeps import hardware, preparation
 from mha_jax.sweeps.executors import local
 from mha_jax.sweeps.grid import Cell
 from mha_jax.sweeps.plan import Expectation, expectation
+from mha_jax.sweeps.tuning import Tuning
 
 _FOR_DRY_RUNS = ("topology", "device", "device_count", "compile")
 
@@ -86,15 +87,16 @@ def workers(values: flags.FlagValues, found: dict[str, Any], cells: Sequence[Cel
     return values.workers or local.default_workers(found["platform"], legal)
 
 
-def table(values: flags.FlagValues, found: dict[str, Any], cells: Sequence[Cell]) -> str:
-    """What the cells would cost."""
+def table(values: flags.FlagValues, found: dict[str, Any], cells: Sequence[Cell], tuning: Tuning | None) -> str:
+    """What the cells would cost, and the search before them."""
     from mha_jax.sweeps import preview  # the models and JAX itself are needed here only
 
     device = _device(values, found)
     limit = None if device is None else device.memory_bytes
     memory, basis = _memory(values, found, limit)
     outlook = preview.Outlook(expected(values, found, cells), workers(values, found, cells), memory, basis)
-    return preview.table(cells, outlook)
+    search = [] if tuning is None else [preview.search_total(tuning, cells, outlook)]
+    return "\n".join([preview.table(cells, outlook), *search])
 
 
 def _memory(values: flags.FlagValues, found: dict[str, Any], limit: int | None) -> tuple[Any, str]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from mha_jax.models import cost
 from mha_jax.specs import ATTENTION_KINDS, RunSpec, UserError
-from mha_jax.sweeps.grid import Cell
-from mha_jax.sweeps.plan import Expectation, Memory
+from mha_jax.sweeps.grid import Cell, varied
+from mha_jax.sweeps.plan import Expectation, Memory, duration
+from mha_jax.sweeps.tuning import Tuning
 from mha_jax.training import estimates
 
 _HEADER = (
@@ -52,7 +53,18 @@ def table(cells: Sequence[Cell], outlook: Outlook) -> str:
         "  ".join(_pad(text, width, i) for i, (text, width) in enumerate(zip(row, widths, strict=True))) for row in rows
     ]
     illegal = [f"left out: {cell.run_id}: {cell.reason}" for cell in cells if cell.reason is not None]
-    return "\n".join([line.rstrip() for line in lines] + illegal + _basis(outlook) + [_total(legal, seconds, outlook)])
+    total = f"{_total(legal, seconds, outlook)}; nothing was trained"
+    return "\n".join([line.rstrip() for line in lines] + illegal + _basis(outlook) + [total])
+
+
+def search_total(tuning: Tuning, cells: Sequence[Cell], outlook: Outlook) -> str:
+    """One line on what the trials of a search cost, before the cells themselves: each is a run with its seeds."""
+    trials = [varied(cell, {}, tuning.seeds) for cell in cells if cell.reason is None]
+    legal = [(trial, trial.run) for trial in trials for _ in range(tuning.trials) if trial.reason is None]
+    seconds = {trial.run_id: _step_seconds(trial.run, outlook.expectation) for trial in trials if trial.reason is None}
+    total = _total(legal, [seconds[trial.run_id] for trial, _ in legal], outlook, "runs")
+    seeds = _count(len(tuning.seeds), "seed")
+    return f"before them {tuning.trials} trials with {seeds} a cell, of {', '.join(tuning.fields)}: {total}"
 
 
 def estimated_memory(run: RunSpec, devices: Mapping[str, Any], limit: int | None) -> Memory:
@@ -90,23 +102,17 @@ def _basis(outlook: Outlook) -> list[str]:
     return [time + expected, f"memory: {outlook.memory_basis}"]
 
 
-def _total(legal: Sequence[tuple[Cell, RunSpec]], seconds: Sequence[float | None], outlook: Outlook) -> str:
+def _total(
+    legal: Sequence[tuple[Cell, RunSpec]], seconds: Sequence[float | None], outlook: Outlook, noun: str = "cells"
+) -> str:
     steps = sum(run.training.steps * len(run.seeds) for _, run in legal)
-    total = f"{len(legal)} cells, {steps:,} steps over all seeds"
+    total = f"{len(legal)} {noun}, {steps:,} steps over all seeds"
     known = [(run, step) for (_, run), step in zip(legal, seconds, strict=True) if step is not None]
     if len(known) == len(legal):
         hours = sum(_device_hours(run, step, outlook.expectation) or 0.0 for run, step in known)
         wall = sum(run.training.steps * step for run, step in known) / outlook.workers
         total += f", {hours:,.3g} device-hours: about {duration(wall)} with {_count(outlook.workers, 'cell')} at once"
-    return f"{total}; nothing was trained"
-
-
-def duration(seconds: float) -> str:
-    """ "1.3 ms", "12 s", "3.4 min", "5.6 h"."""
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= size:
-            return f"{seconds / size:,.3g} {unit}"
-    return f"{1e3 * seconds:.3g} ms"
+    return total
 
 
 def _count(number: int, noun: str) -> str:
