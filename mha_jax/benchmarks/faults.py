@@ -59,8 +59,8 @@ class Setting:
 
     kills: int = 50
     cells: int = 8
-    steps: int = 1500
-    checkpoint_every: int = 50
+    steps: int = 2000
+    checkpoint_every: int = 20
     eval_every: int = 70
     seed: int = 2017
 
@@ -180,9 +180,9 @@ def campaign(sweep: Sweep, setting: Setting) -> list[dict[str, Any]]:
     sweep.start()
     while len(kills) < setting.kills:
         victim = moments.choice((DRIVER, CELL, CELL, ALL))
-        # A quarter strikes at any moment of a driver's life, its start and its end included; the others at a cell's.
-        anywhere, delay = moments.random() < 0.25, moments.uniform(0, 3)
-        if victim == CELL or not anywhere:
+        # A third strikes at any moment, mostly while something starts or compiles; the others while steps are trained.
+        anywhere, delay = moments.random() < 0.33, moments.uniform(0, 3)
+        if not anywhere:
             _await_training(sweep)
         time.sleep(2 * delay if anywhere else delay)
         if (hit := _strike(sweep, victim, moments)) is not None:
@@ -197,11 +197,14 @@ def campaign(sweep: Sweep, setting: Setting) -> list[dict[str, Any]]:
 
 
 def _await_training(sweep: Sweep) -> None:
-    """Returns when a cell has begun to train, or the driver has ended."""
+    """Returns when a cell trains step after step, or the driver has ended."""
     end = time.monotonic() + _PATIENCE_SECONDS
+    first: dict[int, list[int]] = {}
     while sweep.ended() is None and time.monotonic() < end:
-        if any(run.state == "running" for runs in sweep.processes().values() for run in runs):
-            return
+        for pid, runs in sweep.processes().items():
+            steps = [run.status.get("step", 0) for run in runs if run.state == "running"]
+            if steps and first.setdefault(pid, steps) != steps:
+                return
         time.sleep(0.05)
 
 
