@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -12,6 +13,8 @@ from mha_jax.attention.backends import blockwise
 from mha_jax.attention.backends.tiling import make_plan
 from mha_jax.attention.visibility import Full, Rule
 from mha_jax.specs import UserError
+
+_ROWS = 512  # of the matrix of weights, computed at once
 
 
 class HeadStatistics(NamedTuple):
@@ -85,24 +88,47 @@ def attention_weights(
     *,
     heads: Sequence[int] | None = None,
     examples: Sequence[int] | None = None,
+    logits: bool = False,
 ) -> Float[Array, "b h T S"]:
     """The weights of chosen heads and examples (default: all), recomputed from queries and keys.
 
+    Memory is that of the result, twice over, and a few hundred of its rows.
+
+    Args:    logits: what the softmax is taken of instead, -inf where a key is not visible.
     Returns: float32 at least; a row sums to 1, or is exactly 0 where the query sees nothing.
     Raises:  UserError for a head or an example that does not exist, and as `attend` does.
     """
     call = check_call(q, k, k, visibility, head_to_group)
     chosen_b, chosen_h = _chosen("example", examples, call.batch), _chosen("head", heads, call.heads)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    q_bThK = q[chosen_b][:, :, chosen_h].astype(wide)
+    factor = call.qk_dim**-0.5 if scale is None else scale
+    q_bThK = q[chosen_b][:, :, chosen_h].astype(wide) * factor
     k_bShK = k[chosen_b][:, :, np.asarray(call.groups, int)[chosen_h]].astype(wide)
-    logits = jnp.einsum("bthk,bshk->bhts", q_bThK, k_bShK) * (call.qk_dim**-0.5 if scale is None else scale)
     visible = visibility.mask(call.queries, call.keys)
     visible = visible if visible.shape[0] == 1 else visible[chosen_b]
     visible = visible if visible.shape[1] == 1 else visible[:, chosen_h]
-    logits = jnp.where(visible, logits, -jnp.inf)
-    # The floor is finite, so that a row that sees nothing gives 0.
-    powers = jnp.exp(logits - logits.max(axis=-1, keepdims=True, initial=jnp.finfo(wide).min))
+
+    def rows(start: Array | int, size: int) -> Array:
+        some_q = jax.lax.dynamic_slice_in_dim(q_bThK, start, size, 1)
+        seen = jax.lax.dynamic_slice_in_dim(visible, start, size, 2)
+        scores = jnp.where(seen, jnp.einsum("bthk,bshk->bhts", some_q, k_bShK), -jnp.inf)
+        return scores if logits else _softmax(scores)
+
+    if call.queries <= 2 * _ROWS:
+        return rows(0, call.queries)
+    # The last block begins early enough to be whole: its first rows are then computed twice.
+    starts = jnp.minimum(jnp.arange(0, call.queries, _ROWS), call.queries - _ROWS)
+    whole = jnp.zeros((len(chosen_b), len(chosen_h), call.queries, call.keys), wide)
+
+    def fill(whole: Array, start: Array) -> tuple[Array, None]:
+        return jax.lax.dynamic_update_slice_in_dim(whole, rows(start, _ROWS), start, 2), None
+
+    return jax.lax.scan(fill, whole, starts)[0]
+
+
+def _softmax(logits: Array) -> Array:
+    """Over the last axis; 0 in a row of -inf, as the floor of its maximum is finite."""
+    powers = jnp.exp(logits - logits.max(axis=-1, keepdims=True, initial=jnp.finfo(logits.dtype).min))
     total = powers.sum(axis=-1, keepdims=True)
     return powers / jnp.where(total > 0, total, 1)
 

@@ -31,6 +31,7 @@ class Attended(NamedTuple):
     k_BSGK: Array
     v_BSGV: Array
     visibility: Rule
+    dropout_keys: Array | None = None
 
 
 class HeadSums(NamedTuple):
@@ -65,9 +66,15 @@ def layer_of(name: str) -> int:
 
 
 def watch(
-    model: Model, batch: Batch, look: Callable[[str, Attended], Any], layers: Sequence[str] | None = None
+    model: Model,
+    batch: Batch,
+    look: Callable[[str, Attended], Any],
+    layers: Sequence[str] | None = None,
+    dropout_keys: Array | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    """The model's output without dropout, and {name: look(name, attended)} of the chosen attentions (default: all).
+    """The model's output, and {name: look(name, attended)} of the chosen attentions (default: all).
+
+    There is dropout only where `dropout_keys`, one an example, are given: the same as in a call of the model.
 
     A model that scans or rematerialises its layers runs the same parameters one layer after the other.
 
@@ -86,7 +93,7 @@ def watch(
     for name, block, place in _places(watched):
         if name in chosen:
             setattr(block, place, _Watched(name, getattr(block, place), see))
-    return _run(watched, batch), found
+    return _run(watched, batch, dropout_keys), found
 
 
 def head_statistics(model: Model, batch: Batch) -> dict[str, HeadSums]:
@@ -97,7 +104,7 @@ def head_statistics(model: Model, batch: Batch) -> dict[str, HeadSums]:
     """
 
     def look(name: str, attended: Attended) -> HeadSums:
-        layer, q_BTHK, k_BSGK, v_BSGV, visibility = attended
+        layer, q_BTHK, k_BSGK, v_BSGV, visibility, _ = attended
         groups = layer.shape.head_to_group
         _, found = attend_with_statistics(q_BTHK, k_BSGK, v_BSGV, visibility, head_to_group=groups)
         real_BT = real[name.split("/")[0]]
@@ -123,11 +130,11 @@ def attention_maps(
     """
     names = chosen_layers(model, layers)
     for name in names:
-        _check_numbers(f"{name} has no head", heads, attentions(model)[name].shape.num_heads)
-    _check_numbers("the batch has no example", examples, len(_inputs(model, batch)[0]))
+        check_numbers(f"{name} has no head", heads, attentions(model)[name].shape.num_heads)
+    check_numbers("the batch has no example", examples, num_examples(model, batch))
 
     def look(name: str, attended: Attended) -> Array:
-        layer, q_BTHK, k_BSGK, _, visibility = attended
+        layer, q_BTHK, k_BSGK, _, visibility, _ = attended
         groups = layer.shape.head_to_group
         return attention_weights(q_BTHK, k_BSGK, visibility, head_to_group=groups, heads=heads, examples=examples)
 
@@ -141,11 +148,13 @@ class _Watched:
     def __init__(self, name: str, layer: MultiHeadAttention, see: Callable[[str, Attended], None]) -> None:
         self.name, self.layer, self.see = name, layer, see
 
-    def __call__(self, x: Array, memory: Array | None = None, *, visibility: Rule, dropout_key: None = None) -> Array:
+    def __call__(
+        self, x: Array, memory: Array | None = None, *, visibility: Rule, dropout_key: Array | None = None
+    ) -> Array:
         q, (k, v) = self.layer.queries(x), self.layer.keys_values(x if memory is None else memory)
-        self.see(self.name, Attended(self.layer, q, k, v, visibility))
+        self.see(self.name, Attended(self.layer, q, k, v, visibility, dropout_key))
         # The layer runs on its own backend: the pass that measures may round otherwise.
-        return self.layer(x, memory, visibility=visibility)
+        return self.layer(x, memory, visibility=visibility, dropout_key=dropout_key)
 
 
 def _stacks(model: Model) -> dict[str, Any]:
@@ -183,7 +192,13 @@ def _check_plain(layers: dict[str, MultiHeadAttention]) -> None:
                 )
 
 
-def _check_numbers(fault: str, numbers: Sequence[int] | None, count: int) -> None:
+def num_examples(model: Model, batch: Batch) -> int:
+    """The rows of a batch, padding included."""
+    return len(_inputs(model, batch)[0])
+
+
+def check_numbers(fault: str, numbers: Sequence[int] | None, count: int) -> None:
+    """Raises UserError, beginning with `fault`, for a number that is not from 0 to count - 1."""
     for number in () if numbers is None else numbers:
         if not 0 <= number < count:
             raise UserError(
@@ -200,11 +215,11 @@ def _inputs(model: Model, batch: Batch) -> tuple[Any, ...]:
     return tuple(batch[name] for name in names)
 
 
-def _run(model: Model, batch: Batch) -> Array:
+def _run(model: Model, batch: Batch, dropout_keys: Array | None) -> Array:
     inputs = _inputs(model, batch)
     if isinstance(model, LanguageModel):
-        return model(*inputs, segments=batch.get("segments"))
-    return model(*inputs)
+        return model(*inputs, segments=batch.get("segments"), dropout_keys=dropout_keys)
+    return model(*inputs, dropout_keys=dropout_keys)
 
 
 def real_queries(model: Model, batch: Batch) -> dict[str, Bool[Array, "B T"]]:

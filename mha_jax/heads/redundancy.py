@@ -145,7 +145,7 @@ def _gram_sums(model: Model, batch: Batch) -> dict[str, Float[Array, "H H"]]:
     real = real_queries(model, batch)
 
     def look(name: str, attended: Attended) -> Array:
-        layer, q_BTHK, k_BSGK, v_BSGV, visibility = attended
+        layer, q_BTHK, k_BSGK, v_BSGV, visibility, _ = attended
         o_BTHV = layer.attended(q_BTHK, k_BSGK, v_BSGV, visibility)
         o_BTHV = jnp.where(real[name.split("/")[0]][:, :, None, None], o_BTHV, 0).astype(jnp.float32)
         kernel_HVD = (layer.head_gate()[:, None, None] * layer.out.kernel[...]).astype(jnp.float32)

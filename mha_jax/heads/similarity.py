@@ -213,7 +213,7 @@ def _attention_sums(
 
 def _weights_at(attended: Attended, t: Int[Array, ""]) -> Float[Array, "H B S"]:
     """The attention of query t of every example; 0 where it sees nothing."""
-    layer, q_BTHK, k_BSGK, _, visibility = attended
+    layer, q_BTHK, k_BSGK, _, visibility, _ = attended
     k_BSHK = k_BSGK[:, :, np.asarray(layer.shape.groups, int)].astype(jnp.float32)
     logits_HBS = jnp.einsum("BHK,BSHK->HBS", q_BTHK[:, t].astype(jnp.float32), k_BSHK) * layer.shape.qk_dim**-0.5
     visible_HBS = visibility.at(None, None, Span(t, 1), Span(0, k_BSHK.shape[1]))[:, :, 0].swapaxes(0, 1)

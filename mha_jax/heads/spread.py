@@ -46,7 +46,7 @@ def attention_spread(model: Model, batch: Batch) -> dict[str, Spread]:
 
 
 def _spread(attended: Attended, real_BT: Bool[Array, "B T"]) -> Spread:
-    layer, q_BTHK, k_BSGK, _, visibility = attended
+    layer, q_BTHK, k_BSGK, _, visibility, _ = attended
     # Each head's own copy of its keys, so that what is summed over queries stays apart for heads of one group.
     k_BSHK = k_BSGK[:, :, np.asarray(layer.shape.groups, int)]
     none_BSH1 = jnp.zeros((*k_BSHK.shape[:3], 1), q_BTHK.dtype)
