@@ -28,7 +28,7 @@ print(json.dumps([jax.process_count(), jax.process_index()]))
 _PROBE = """
 import json, jax
 d = jax.devices()
-memory = (d[0].memory_stats() or {}).get("bytes_limit")
+memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 print(json.dumps({"platform": d[0].platform, "kind": d[0].device_kind, "count": len(d), "memory": memory}))
 """
 
