@@ -30,7 +30,7 @@ def mixed(weights_HTT: Float[np.ndarray, "H T T"], residual: float = 0.5) -> Flo
     return np.where(total_T1 > 0, layer_TT / np.where(total_T1 > 0, total_T1, 1), np.eye(length))
 
 
-def rollout(layers: Sequence[Float[np.ndarray, "H T T"]], residual: float = 0.5) -> list[np.ndarray]:
+def rollout(layers: Sequence[Float[np.ndarray, "_ T T"]], residual: float = 0.5) -> list[np.ndarray]:
     """After each layer, how much of every position comes from every token: the product of the layers so far.
 
     Args:    layers: weights of a stack's self-attentions, first to last; they may differ in heads.
@@ -44,7 +44,7 @@ def rollout(layers: Sequence[Float[np.ndarray, "H T T"]], residual: float = 0.5)
     return found
 
 
-def flow(layers: Sequence[Float[np.ndarray, "H T T"]], residual: float = 0.5) -> Float[np.ndarray, "T T"]:
+def flow(layers: Sequence[Float[np.ndarray, "_ T T"]], residual: float = 0.5) -> Float[np.ndarray, "T T"]:
     """The maximum flow from every position after the last layer to every token, edges as wide as the layers' weights.
 
     Rounded to millionths. T squared problems of T * L nodes: for tens of tokens.
