@@ -75,13 +75,14 @@ def parse_tuning(study: grid.Study, cells: Sequence[grid.Cell]) -> Tuning | None
     for name in given:
         if name not in known:
             raise UserError(f"TUNING has {name!r}; it may set {', '.join(known)}")
+    base = configs.plain(study.config)
     method = given.get("method", "grid")
     if method not in ("grid", "optuna"):
         raise UserError(f"TUNING: method={method!r} is not one of 'grid', 'optuna'")
     tuning = Tuning(
         fields=_fields(given.get("fields"), method, study),
-        seeds=_seeds(given.get("seeds", tuple(study.config.seeds)[:1])),
-        metric=_metric(given.get("metric", "validation/loss"), study.config.task),
+        seeds=_seeds(given.get("seeds", base["seeds"][:1])),
+        metric=_metric(given.get("metric", "validation/loss"), base["task"]),
         method=method,
     )
     tuning = dataclasses.replace(tuning, trials=_trials(given.get("trials"), tuning), prune=_prune(given, tuning))

@@ -8,7 +8,7 @@ import pytest
 
 from mha_jax.config import flatten
 from mha_jax.specs import UserError
-from mha_jax.sweeps import grid
+from mha_jax.sweeps import grid, preview
 from mha_jax.sweeps.cell import Exit
 from mha_jax.sweeps.search import best, limits, propose, search
 from mha_jax.sweeps.store import SweepDirectory
@@ -263,6 +263,16 @@ def test_hopeless_trials_are_given_their_limits_and_lose(tuned, tmp_path):
     assert code == Exit.DONE and cells[0].tuned == min(trials[:3], key=lambda trial: trial.value).values
     again = Pruned()
     assert tuned(again, tuning)[0] == cells and again.trained == []
+
+
+def test_a_plan_counts_the_trials_of_the_legal_cells(study):
+    wanted = dataclasses.replace(study, tuning=GRID)
+    cells = grid.cells(wanted)
+    outlook = preview.Outlook("no such device", 1, lambda run: pytest.fail("memory is not asked for"), "")
+    told = preview.search_total(parse_tuning(wanted, cells), cells, outlook)
+    assert told == (
+        "before them 3 trials with 2 seeds a cell, of optimizer.learning_rate: 9 runs, 198 steps over all seeds"
+    )
 
 
 def test_sweep_json_keeps_the_grid_and_the_base_and_tells_what_was_tuned(study, tmp_path):
