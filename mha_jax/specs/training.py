@@ -42,7 +42,8 @@ class TrainingSpec:
     """How long, how often, what is kept. `average_last` checkpoints are averaged for the final evaluation.
 
     `start_from`: the directory of a finished run, whose parameters are those of step 0, seed by seed. Its name, which
-    ends with the hash of its config, counts in a run's hash; where it lies does not.
+    ends with the hash of its config, counts in a run's hash; where it lies does not. A classifier may start from a
+    masked language model: the last layers of each are its own.
     `freeze`: parts of the model that training leaves as they are: "tokens" (the table), "encoder", "decoder".
     """
 

@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from mha_jax import config as configs
-from mha_jax.specs import RunSpec, UserError
+from mha_jax.specs import ATTENTION_KINDS, RunSpec, UserError
 from mha_jax.training.checkpoints import Checkpoints, Restored
 from mha_jax.training.evaluation import average
 from mha_jax.training.step import State, init_state
@@ -44,7 +44,8 @@ def restore_finished(directory: epath.Path, run: RunSpec) -> Finished:
 def parent_state(run: RunSpec) -> State:
     """Params and constants of the run that `training.start_from` names, for the child's seeds, in the child's order.
 
-    Learned gates are not among them: those start anew. A head that the parent has closed stays closed.
+    Learned gates are not among them: those start anew. A head that the parent has closed stays closed. A parent of
+    another task with the same attentions, as a masked language model is for a classifier, gives its tokens and stacks.
 
     Raises: UserError, before anything is compiled, where the directory is no finished run's, its name is not that of
     its config, it lacks a seed, has learned gates of its own, or has other shapes.
@@ -90,6 +91,9 @@ def _merged(own: Any, parent: Any) -> Any:
 
 def _check_shapes(name: str, parent: RunSpec, run: RunSpec) -> None:
     have, want = (_shapes(spec) for spec in (parent, run))
+    if parent.task != run.task and ATTENTION_KINDS[parent.task] == ATTENTION_KINDS[run.task]:
+        shared = ("tokens", *ATTENTION_KINDS[run.task])
+        have, want = ({leaf: x for leaf, x in of.items() if leaf.split("/")[1] in shared} for of in (have, want))
     for leaf in sorted(have.keys() | want.keys()):
         if have.get(leaf) != want.get(leaf):
             raise UserError(

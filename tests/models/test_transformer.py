@@ -104,10 +104,14 @@ def gelu(x):
     return np.asarray(jax.nn.gelu(jnp.asarray(x)))
 
 
-def test_pre_norm_language_model_written_out_in_numpy(make_run):
-    model = with_noise(build(make_run("lm", positions="learned", norm="pre", activation="gelu")))
+GPT2 = {"use_bias": True, "scale_embedding": False, "norm_epsilon": 1e-5}
+
+
+@pytest.mark.parametrize(("fields", "scale"), [({}, np.sqrt(11)), (GPT2, 1.0)], ids=["plain", "gpt2"])
+def test_pre_norm_language_model_written_out_in_numpy(make_run, fields, scale):
+    model = with_noise(build(make_run("lm", positions="learned", norm="pre", activation="gelu", **fields)))
     table = np.asarray(model.tokens.embedding[...], np.float64)
-    x = (table[TOKENS] + np.asarray(model.decoder.positions.embedding[...], np.float64)[None, :7]) * np.sqrt(11)
+    x = (table[TOKENS] + np.asarray(model.decoder.positions.embedding[...], np.float64)[None, :7]) * scale
     causal = np.tril(np.ones((7, 7), bool))[None, None]
     for block in model.decoder.blocks:
         y = layer_norm(x, block.attention_norm)
