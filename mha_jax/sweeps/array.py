@@ -1,4 +1,4 @@
-"""A sweep as an array of jobs: each index opens the directory that was prepared before, and takes its part of the runs."""
+"""A sweep as an array of jobs: each index opens the directory that was prepared before and takes its part of it."""
 
 from etils import epath
 
