@@ -143,6 +143,7 @@ class Queue:
 
     def _settle(self, child: _Child) -> None:
         code, left, hung = child.process.returncode, [], child.patience.hung
+        assert code is not None  # it has ended
         for directory in child.directories:
             if directory.state == "done":  # also where the process fell over after its work
                 self._end(directory, Exit.DONE)
@@ -165,6 +166,8 @@ class Queue:
     def _retry(self, child: _Child, left: list[RunDirectory]) -> None:
         code, last = child.process.returncode, child.attempt == _ATTEMPTS
         packed = len(child.directories) > 1
+        if code == Exit.STOPPED and hosts.several():
+            self.stop()  # one process has been asked to, and all stop
         if self._stopping or (last and not packed):
             for directory in left:
                 stopped = code == Exit.STOPPED and directory.state != "failed"
@@ -205,7 +208,8 @@ class Queue:
                     left.append(directory)
             if left:
                 process = self._spawn(left)
-                self._running.append(_Child(left, process, attempt, Patience(process, left, self._hang_seconds)))
+                patience = Patience(process.send_signal, left, self._hang_seconds)
+                self._running.append(_Child(left, process, attempt, patience))
 
     def _spawn(self, pack: list[RunDirectory]) -> Process:
         with pack[0].beside(hosts.named("log.txt")).open("ab") as log:
