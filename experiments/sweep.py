@@ -11,23 +11,24 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from experiments import cli
+from experiments import cli, elsewhere, planning
 from mha_jax import config as configs
 from mha_jax.specs import UserError
 from mha_jax.sweeps import grid, packing, preparation, provenance, seeds
 from mha_jax.sweeps.cell import Exit
 from mha_jax.sweeps.executors import local
+from mha_jax.sweeps.executors.hanging import HANG_SECONDS
 from mha_jax.sweeps.mending import mend_sweep
-from mha_jax.sweeps.search import budget, outcomes, search
+from mha_jax.sweeps.search import outcomes, search
 from mha_jax.sweeps.store import RunDirectory, SweepDirectory
-from mha_jax.sweeps.tuning import Tuning, parse_tuning
+from mha_jax.sweeps.tuning import parse_tuning
 
 
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     cli.define_config(values, argv)
     flags.DEFINE_string("workdir", None, "Where the sweep's files go.", flag_values=values)
-    flags.DEFINE_enum("executor", "local", ["local"], "What runs the cells.", flag_values=values)
+    flags.DEFINE_enum("executor", "local", ["local", "ray"], "What runs the cells.", flag_values=values)
     flags.DEFINE_integer(
         "workers", None, "Cells at once; left out: one, or on CPU one a core.", lower_bound=1, flag_values=values
     )
@@ -38,31 +39,51 @@ def main(argv: list[str]) -> int:
         "In a fresh directory they take the place of the config's.",
         flag_values=values,
     )
+    flags.DEFINE_float(
+        "hang_seconds",
+        HANG_SECONDS,
+        "A cell that reports nothing for so long is ended and tried once more (executor local).",
+        lower_bound=1.0,
+        flag_values=values,
+    )
     flags.DEFINE_bool("dry_run", False, "Print the cells and what they cost; train nothing.", flag_values=values)
+    elsewhere.define(values)
+    planning.define(values)
     cli.parse(values, argv, __doc__)
+    elsewhere.check(values)
+    if values.cells is not None:
+        return elsewhere.train_part(values, lambda runs: _run_local(runs, values, preparation.devices()))
     study, more_seeds = _with_seeds(cli.study(values), values)
-    devices = preparation.devices()
-    cells = grid.cells(study, devices["count"])
+    devices = planning.devices(values) if elsewhere.trained_here(values) or values.dry_run else None
+    cells = grid.cells(study, devices and devices["count"])
     tuning = parse_tuning(study, cells)
     if values.dry_run:
-        return _dry_run(seeds.with_seeds(cells, more_seeds) if more_seeds else cells, tuning)
+        cells = seeds.with_seeds(cells, more_seeds) if more_seeds else cells
+        print(planning.table(values, devices, cells, tuning))
+        return Exit.DONE
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the sweep's files go to")
+    if values.prepare_only and tuning is not None:
+        raise UserError("--prepare_only does not go with a sweep that tunes: which runs there are follows from trials")
+    on_ray = elsewhere.ray_trainer(values) if values.executor == "ray" and not values.prepare_only else None
     for line in mend_sweep(values.workdir, cells):
         print(f"warning: {line}")
     facts = {"versions": provenance.versions(), "commit": provenance.commit(), "devices": devices}
+    facts["expectation"] = None if devices is None else planning.facts(values, devices, cells)
     sweep = SweepDirectory.create(values.workdir, study, cells, facts, more_seeds)
     for cell in cells:
         if cell.reason:
             print(f"left out: {cell.run_id}: {cell.reason}")
     preparation.prepare_data(cells, sweep.path)
+    if values.prepare_only:
+        return elsewhere.tell_prepared(sweep)
 
     def train(runs: Sequence[RunDirectory]) -> Exit:
-        return _run_local(runs, values.workers, devices or preparation.devices())
+        return on_ray(runs) if on_ray else _run_local(runs, values, devices)
 
     tuned = Exit.DONE
     if tuning is not None:
-        cells, tuned = search(tuning, cells, sweep.path, train, devices["count"])
+        cells, tuned = search(tuning, cells, sweep.path, train, devices and devices["count"])
         if tuned != Exit.STOPPED:
             print("\n".join(f"tuned: {line}" for line in outcomes(cells)))
             mend_sweep(values.workdir, cells)
@@ -85,19 +106,10 @@ def _with_seeds(study: grid.Study, values: flags.FlagValues) -> tuple[grid.Study
     return study, [seed for seed in given if seed not in known]
 
 
-def _run_local(runs: Sequence[RunDirectory], workers: int | None, devices: dict[str, Any]) -> Exit:
-    workers = workers or local.default_workers(devices["platform"], len(runs))
-    return local.run(packing.packs(runs, workers=workers, devices=devices), workers=workers)
-
-
-def _dry_run(cells: list[grid.Cell], tuning: Tuning | None) -> int:
-    from mha_jax.sweeps import preview  # the models and JAX itself are needed here only
-    from mha_jax.training.step import predicted_peak_bytes
-
-    print(preview.table(cells, predicted_peak_bytes))
-    if tuning is not None:
-        print(budget(tuning, cells))
-    return Exit.DONE
+def _run_local(runs: Sequence[RunDirectory], values: flags.FlagValues, devices: dict[str, Any]) -> Exit:
+    workers = values.workers or local.default_workers(devices["platform"], len(runs))
+    packs = packing.packs(runs, workers=workers, devices=devices)
+    return local.run(packs, workers=workers, hang_seconds=values.hang_seconds)
 
 
 def _report(sweep: SweepDirectory, code: int) -> int:

@@ -1,0 +1,34 @@
+"""Sweeps that are trained elsewhere, from the command line: on Ray, or by the jobs of an array."""
+
+import pytest
+
+from experiments import sweep
+from mha_jax.sweeps.store import SweepDirectory
+
+SMOKE = "--config=configs/default.py:smoke"
+WRONG = {
+    "cells and a config": ([SMOKE, "--workdir=w", "--cells=0:1"], "--cells goes with --workdir"),
+    "cells of nowhere": (["--cells=0:1"], "--cells goes with --workdir"),
+    "an address of nothing": ([SMOKE, "--workdir=w", "--address=auto"], "--address goes with --executor=ray"),
+    "resources of nothing": ([SMOKE, "--workdir=w", '--cell_resources={"CPU":1}'], "--cell_resources goes with"),
+    "resources that are none": ([SMOKE, "--executor=ray", "--cell_resources=2"], "must be a JSON object"),
+    "workers on Ray": ([SMOKE, "--executor=ray", "--workers=2"], "--workers is of --executor=local"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_flags_that_do_not_go_together_are_answered_with_a_line(script, case):
+    flags, complaint = WRONG[case]
+    assert complaint in script(sweep.main, *flags).complaint
+
+
+@pytest.mark.slow
+def test_a_sweep_is_prepared_trained_in_parts_and_done_for_all(script, tmp_path):
+    workdir = f"--workdir={tmp_path / 'w'}"
+    prepared = script(sweep.main, SMOKE, workdir, "--config.mesh.data=1", "--prepare_only")
+    assert prepared.code == 0, prepared.err
+    assert prepared.out.splitlines()[-1] == f"2 cells prepared in {tmp_path / 'w'}"
+    runs = SweepDirectory(tmp_path / "w").runs
+    assert [run.state for run in runs] == ["queued", "queued"]
+    assert script(sweep.main, workdir, "--cells=1:2").code == 0
+    assert [run.state for run in runs] == ["queued", "done"]
