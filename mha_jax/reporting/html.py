@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 
+from mha_jax.reporting import planned
 from mha_jax.reporting.canvas import INK, MUTED, PAGE, RULE, Picture
 from mha_jax.reporting.claims import Verdict
 from mha_jax.reporting.provenance import caption
@@ -33,6 +34,8 @@ def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list
         ],
         parts=PARTS,
         budget=_budget(results),
+        plan=[planned.text(row) for row in planned.rows(results)],
+        plan_basis=planned.basis(results),
         provenance=caption(results),
         problems=results.problems,
         tuned=results.tuning is not None,

@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from mha_jax.reporting import claims, formats, html, plots, provenance, results, tables, trials, tuning
+from mha_jax.reporting import claims, formats, html, planned, plots, provenance, results, tables, trials, tuning
 
 
 def build_report(workdir: epath.PathLike) -> epath.Path:
@@ -25,6 +25,9 @@ def build_report(workdir: epath.PathLike) -> epath.Path:
     if found.tuning is not None:
         (directory / "tuning.csv").write_text(formats.rows_as_csv(trials.rows(found)))
         pictures += filter(None, [tuning.draw(found, directory)])
+    plan = planned.rows(found)
+    if plan:
+        (directory / "plan.csv").write_text(formats.rows_as_csv(plan))
     page = directory / "index.html"
     page.write_text(html.page(found, table, verdicts, pictures))
     return page
