@@ -86,7 +86,7 @@ def check(claims: Sequence[Claim | Equivalence], results: Results) -> list[Verdi
     true, false = np.array(p, float).reshape(-1, 2).T
     looks = len(results.batches)
     verdicts = []
-    for i, status in enumerate(statuses(true, false, looks)):
+    for i, status in enumerate(statuses(true, false, looks).tolist()):
         difference, lack = compared[i]
         sentence = lack
         if difference is not None and difference.error is not None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mha_jax.reporting.claims import Verdict
@@ -38,10 +39,13 @@ def markdown(table: Table, verdicts: list[Verdict], caption: list[tuple[str, str
     return "\n\n".join(parts) + "\n"
 
 
-def csv_text(table: Table) -> str:
-    """One line a cell; numbers bare, with mean, low, high, n and p in columns of their own."""
+def csv_text(table: Table, more: Sequence[Mapping[str, Any]] = ()) -> str:
+    """One line a cell; numbers bare, with mean, low, high, n and p in columns of their own.
+
+    Args: more: further columns of each row.
+    """
     rows = []
-    for row in table.rows:
+    for row, further in zip(table.rows, more or [{}] * len(table.rows), strict=True):
         line: dict[str, Any] = {"run": row.cell.run, "cell": row.label, "base": row.is_base, **head_shape(row.cell)}
         line |= row.cell.tuned
         line |= {key: row.cell.status.get(key) for key in ("parameters", "flops_per_token", "kv_cache_bytes_per_token")}
@@ -50,6 +54,7 @@ def csv_text(table: Table) -> str:
         for m, d in row.differences.items():
             line |= {f"{m} difference": d.mean, f"{m} difference low": d.low, f"{m} difference high": d.high}
             line |= {f"{m} p": d.p, f"{m} p holm": row.adjusted[m]}
+        line |= further
         line |= {f"paper {k}": v for k, v in row.paper.items() if k not in ("label", "cell")}
         rows.append(line)
     return rows_as_csv(rows)

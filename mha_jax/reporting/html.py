@@ -11,13 +11,16 @@ from mha_jax.reporting.canvas import INK, MUTED, PAGE, RULE, Picture
 from mha_jax.reporting.claims import Verdict
 from mha_jax.reporting.provenance import caption
 from mha_jax.reporting.results import Results
+from mha_jax.reporting.seeds import SeedTable
 from mha_jax.reporting.tables import Table
 
 # What a second of a run was spent on, in the order of the bar. The first two are what a run is for.
 PARTS = ("train", "eval", "compile", "imports", "data", "save")
 
 
-def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list[Picture]) -> str:
+def page(
+    results: Results, table: Table, seed_table: SeedTable | None, verdicts: list[Verdict], pictures: list[Picture]
+) -> str:
     """The whole HTML text."""
     question, _, rest = str(results.sweep.get("docstring") or "").strip().partition("\n")
     return template("page.html.jinja").render(
@@ -26,6 +29,7 @@ def page(results: Results, table: Table, verdicts: list[Verdict], pictures: list
         progress=_progress(results),
         verdicts=verdicts,
         table=table,
+        seed_table=seed_table,
         pictures=[{"name": p.name, "title": p.title, "caption": p.caption, "svg": inline(p)} for p in pictures],
         cells=[
             {"label": label, "run": run.run, "state": run.state, "summary": run.summary}

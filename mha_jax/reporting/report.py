@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from mha_jax.reporting import claims, formats, html, planned, plots, provenance, results, tables, trials, tuning
+from mha_jax.reporting import claims, formats, html, planned, plots, provenance, results, seeds, tables, trials, tuning
 
 
 def build_report(workdir: epath.PathLike) -> epath.Path:
@@ -18,7 +18,7 @@ def build_report(workdir: epath.PathLike) -> epath.Path:
     directory = epath.Path(workdir) / "report"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "table.md").write_text(formats.markdown(table, verdicts, caption))
-    (directory / "table.csv").write_text(formats.csv_text(table))
+    (directory / "table.csv").write_text(formats.csv_text(table, seeds.columns(found, table)))
     (directory / "table.tex").write_text(formats.latex(table, caption))
     (directory / "results.csv").write_text(formats.rows_as_csv(found.rows()))
     pictures = plots.draw(found, table, directory)
@@ -29,5 +29,5 @@ def build_report(workdir: epath.PathLike) -> epath.Path:
     if plan:
         (directory / "plan.csv").write_text(formats.rows_as_csv(plan))
     page = directory / "index.html"
-    page.write_text(html.page(found, table, verdicts, pictures))
+    page.write_text(html.page(found, table, seeds.make(found, table), verdicts, pictures))
     return page

@@ -142,3 +142,36 @@ def test_a_run_that_another_process_trains_is_left_to_it(script, tmp_path, monke
 
     monkeypatch.setattr(loop, "train", train_twice)
     assert script(train.main, DEFAULT, f"--workdir={tmp_path}").code == 0
+
+
+@pytest.mark.parametrize(
+    ("seeds", "told"),
+    [("9..3", "runs backwards; give 3..9"), ("some", "'some' is no seed"), ("1,1", "seed 1 is there twice")],
+)
+def test_seeds_that_are_none_are_told_and_nothing_is_made(script, tmp_path, seeds, told):
+    assert told in script(sweep.main, DEFAULT, f"--seeds={seeds}", f"--workdir={tmp_path / 'w'}").complaint
+    assert not (tmp_path / "w").exists()
+
+
+def test_seeds_are_added_by_their_flag_alone(script, tmp_path, monkeypatch):
+    """A play of a driver: every run is done as soon as it is started."""
+    started = []
+
+    def play(packs, **_):
+        for run in (run for pack in packs for run in pack if run.state != "done"):
+            started.append((run.config["model"]["num_heads"], run.config["seeds"]))
+            (run.path / "metrics.jsonl").write_text("")
+            run.update(state="done")
+        return 0
+
+    monkeypatch.setattr(sweep.local, "run", play)
+    monkeypatch.setattr(sweep, "_report", lambda directory, code: code)
+    monkeypatch.setattr(preparation, "prepare_data", lambda *_: None)
+    arguments = [DEFAULT, f"--workdir={tmp_path}"]
+    assert script(sweep.main, *arguments).code == 0
+    assert script(sweep.main, *arguments, "--seeds=3,4").code == 0
+    assert script(sweep.main, *arguments, "--seeds=0..4").code == 0
+    assert script(sweep.main, *arguments).code == 0
+    assert started == [(1, [0, 1]), (8, [0, 1]), (1, [3, 4]), (8, [3, 4]), (1, [2]), (8, [2])]
+    complaint = script(sweep.main, *arguments, "--config.seeds=(0, 1, 2, 3)").complaint
+    assert "with seeds 0,1, and the config says 0..3; to add others, give --seeds=2,3" in complaint

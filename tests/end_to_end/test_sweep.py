@@ -119,3 +119,23 @@ def test_one_run_equals_its_cell_in_a_sweep(script, long, tmp_path):
     # Its name tells every flag, where the cell tells what the sweep sets: the hash is the same.
     assert run.run_id[-8:] == cell.run_id[-8:]
     assert rows(run) == rows(cell)
+
+
+@pytest.mark.slow
+def test_added_seeds_train_on_their_own_and_what_was_trained_stays_as_it_is(script, tmp_path):
+    """Seeds 0 and 2, then 1: each run trains once, and the report merges them by seed."""
+    flags = [SMOKE, "--config.training.steps=10", "--config.training.eval_every=5", f"--workdir={tmp_path}"]
+    assert script(sweep.main, *flags, "--seeds=0,2").code == 0
+    first = SweepDirectory(tmp_path).runs
+    files = [run.path / name for run in first for name in ("metrics.jsonl", "status.json", "config.json")]
+    kept = [file.read_bytes() for file in files]
+    assert script(sweep.main, *flags, "--seeds=0..2").code == 0
+    assert [file.read_bytes() for file in files] == kept
+    runs = SweepDirectory(tmp_path).runs
+    assert [run.config["seeds"] for run in runs] == [[0, 2], [0, 2], [1], [1]]
+    with (tmp_path / "report" / "results.csv").open() as file:
+        found = [(row["run"], row["model.num_heads"], row["seed"]) for row in csv.DictReader(file)]
+    one, eight, one_more, eight_more = (run.run_id for run in runs)
+    assert found[:3] == [(one, "1", "0"), (one, "1", "2"), (one_more, "1", "1")]
+    assert found[3:] == [(eight, "8", "0"), (eight, "8", "2"), (eight_more, "8", "1")]
+    assert "2 + 1 seeds, added in 2 batches" in (tmp_path / "report" / "table.md").read_text()
