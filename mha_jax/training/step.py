@@ -194,11 +194,3 @@ def peak_bytes(compiled: Any) -> int | None:
         return None
     sizes = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return int(sizes + plan.temp_size_in_bytes)
-
-
-def predicted_peak_bytes(run: RunSpec) -> int | None:
-    """Compiles the largest step of the run on one device, trains nothing, and returns XLA's own plan in bytes."""
-    state = jax.eval_shape(lambda: init_state(run))
-    largest = max(abstract_batches(run), key=lambda batch: batch["weights"].size)
-    step = jax.jit(functools.partial(train_step, run), donate_argnums=0)
-    return peak_bytes(step.lower(state, largest).compile())
