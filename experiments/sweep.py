@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from experiments import cli, elsewhere, planning
+from experiments import cli, elsewhere, planning, together
 from mha_jax import config as configs
 from mha_jax.specs import UserError
 from mha_jax.sweeps import grid, packing, preparation, provenance, seeds
@@ -22,6 +22,7 @@ from mha_jax.sweeps.mending import mend_sweep
 from mha_jax.sweeps.search import outcomes, search
 from mha_jax.sweeps.store import RunDirectory, SweepDirectory
 from mha_jax.sweeps.tuning import parse_tuning
+from mha_jax.training import hosts
 
 
 def main(argv: list[str]) -> int:
@@ -49,14 +50,21 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_bool("dry_run", False, "Print the cells and what they cost; train nothing.", flag_values=values)
     elsewhere.define(values)
     planning.define(values)
+    cli.define_hosts(values)
     cli.parse(values, argv, __doc__)
+    cli.enrol(values)
     elsewhere.check(values)
+    together.check(values)
+    if not hosts.first():
+        return together.follow(values)
     if values.cells is not None:
         return elsewhere.train_part(values, lambda runs: _run_local(runs, values, preparation.devices()))
     study, more_seeds = _with_seeds(cli.study(values), values)
     devices = planning.devices(values) if elsewhere.trained_here(values) or values.dry_run else None
     cells = grid.cells(study, devices and devices["count"])
     tuning = parse_tuning(study, cells)
+    if tuning is not None and hosts.several():
+        raise UserError("a sweep that tunes is for one process; leave --num_processes out")
     if values.dry_run:
         cells = seeds.with_seeds(cells, more_seeds) if more_seeds else cells
         print(planning.table(values, devices, cells, tuning))
@@ -77,6 +85,7 @@ def main(argv: list[str]) -> int:
     preparation.prepare_data(cells, sweep.path)
     if values.prepare_only:
         return elsewhere.tell_prepared(sweep)
+    preparation.meet()
 
     def train(runs: Sequence[RunDirectory]) -> Exit:
         return on_ray(runs) if on_ray else _run_local(runs, values, devices)
@@ -107,6 +116,8 @@ def _with_seeds(study: grid.Study, values: flags.FlagValues) -> tuple[grid.Study
 
 
 def _run_local(runs: Sequence[RunDirectory], values: flags.FlagValues, devices: dict[str, Any]) -> Exit:
+    if hosts.several():
+        return together.train(runs, values.hang_seconds)
     workers = values.workers or local.default_workers(devices["platform"], len(runs))
     packs = packing.packs(runs, workers=workers, devices=devices)
     return local.run(packs, workers=workers, hang_seconds=values.hang_seconds)
