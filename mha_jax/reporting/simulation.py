@@ -144,7 +144,8 @@ def _many_claims(rng: np.random.Generator, sweeps: int, spreads: Sequence[float]
 
 def _added_seeds(rng: np.random.Generator, sweeps: int, spreads: Sequence[float]) -> Iterator[Row]:
     """Seeds are added until a claim is held: who stops at the first success."""
-    for plan in ((3, 10), (3, 5, 10), tuple(range(3, 11))):
+    plans: tuple[tuple[int, ...], ...] = ((3, 10), (3, 5, 10), tuple(range(3, 11)))
+    for plan in plans:
         for m in (1, 5):
             differences = draw(rng, sweeps, m, plan[-1], spreads[1])
             naive = [decide(BETTER, differences[:, :, :n]) for n in plan]

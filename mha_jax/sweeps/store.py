@@ -182,7 +182,7 @@ class SweepDirectory:
         file = directory.path / "sweep.json"
         # Where sweep.json was lost, the runs themselves say which seeds were added.
         earlier = directory.seeds[1:] if file.exists() else directory._found_seeds(made)
-        batches = [tuple(study.config.seeds), *earlier]
+        batches = [tuple(study.config.seeds), *earlier]  # pyright: ignore[reportArgumentType]
         new_seeds = tuple(seed for seed in more_seeds if not any(seed in batch for batch in batches))
         batches += [new_seeds] if new_seeds else []
         added = [seeds.with_seeds(made, batch) for batch in batches[1:]]
