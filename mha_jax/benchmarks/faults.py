@@ -25,7 +25,7 @@ from mha_jax.training.metrics import read_metrics
 DRIVER, CELL, ALL = "kill -9 of the driver", "kill -9 of a cell's process", "SIGTERM to all"
 TIMINGS = (*MEDIANS, *LARGEST, "predicted_peak_bytes")  # the last is of a program, which other cells may share
 _ENDINGS = (0, 1, 75)  # done; a cell was killed twice in one sitting; stopped with its state saved
-_PATIENCE_SECONDS = 300.0
+_PATIENCE_SECONDS = 1800.0  # with a driver that hangs
 
 CONFIG = """
 from configs import default
@@ -59,7 +59,7 @@ class Setting:
 
     kills: int = 50
     cells: int = 8
-    steps: int = 2000
+    steps: int = 1500
     checkpoint_every: int = 20
     eval_every: int = 70
     seed: int = 2017
@@ -102,9 +102,12 @@ class Sweep:
         return code
 
     def wait(self) -> int:
-        """Waits for the driver to end by itself."""
+        """Waits for the driver to end by itself; where it does not, or we are interrupted, it is killed."""
         assert self.driver is not None
-        self.driver.wait(_PATIENCE_SECONDS)
+        try:
+            self.driver.wait(_PATIENCE_SECONDS)
+        finally:
+            self.driver.kill()
         code = self.ended()
         assert code is not None
         return code
