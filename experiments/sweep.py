@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
     if values.cells is not None:
         return elsewhere.train_part(values, lambda runs: _run_local(runs, values, preparation.devices()))
     study, more_seeds = _with_seeds(cli.study(values), values)
-    devices = planning.devices(values) if elsewhere.trained_here(values) or values.dry_run else None
-    cells = grid.cells(study, devices and devices["count"])
+    devices = planning.devices(values) if elsewhere.trained_here(values) or values.dry_run else {}
+    cells = grid.cells(study, devices.get("count"))
     tuning = parse_tuning(study, cells)
     if tuning is not None and hosts.several():
         raise UserError("a sweep that tunes is for one process; leave --num_processes out")
@@ -76,8 +76,8 @@ def main(argv: list[str]) -> int:
     on_ray = elsewhere.ray_trainer(values) if values.executor == "ray" and not values.prepare_only else None
     for line in mend_sweep(values.workdir, cells):
         print(f"warning: {line}")
-    facts = {"versions": provenance.versions(), "commit": provenance.commit(), "devices": devices}
-    facts["expectation"] = None if devices is None else planning.facts(values, devices, cells)
+    facts = {"versions": provenance.versions(), "commit": provenance.commit(), "devices": devices or None}
+    facts["expectation"] = planning.facts(values, devices, cells) if devices else None
     sweep = SweepDirectory.create(values.workdir, study, cells, facts, more_seeds)
     for cell in cells:
         if cell.reason:
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
 
     tuned = Exit.DONE
     if tuning is not None:
-        cells, tuned = search(tuning, cells, sweep.path, train, devices and devices["count"])
+        cells, tuned = search(tuning, cells, sweep.path, train, devices.get("count"))
         if tuned != Exit.STOPPED:
             print("\n".join(f"tuned: {line}" for line in outcomes(cells)))
             mend_sweep(values.workdir, cells)

@@ -65,10 +65,15 @@ def connect(address: str, needs: Mapping[str, float]) -> None:
         import ray
     except ImportError:
         raise UserError("the executor ray needs Ray: python -m pip install -r requirements-ray.txt") from None
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    here = {"include_dashboard": False} if address == "local" else {}
+    dashboard = False if address == "local" else None
     try:
-        ray.init(address=address, runtime_env=_code(), **quiet, **here)
+        ray.init(
+            address=address,
+            runtime_env=_code(),
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from None
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -164,15 +169,16 @@ class _Task:
 
     def poll(self) -> int | None:
         import ray
+        from ray import exceptions
 
         if self.returncode is None and ray.wait([self._ref], timeout=0)[0]:
             try:
                 self.returncode = ray.get(self._ref)
-            except ray.exceptions.TaskCancelledError:
+            except exceptions.TaskCancelledError:
                 self.returncode = Exit.STOPPED
-            except (ray.exceptions.OutOfMemoryError, ray.exceptions.RuntimeEnvSetupError) as error:
+            except (exceptions.OutOfMemoryError, exceptions.RuntimeEnvSetupError) as error:
                 self._fail(error)
-            except ray.exceptions.RayError as error:
+            except exceptions.RayError as error:
                 self._lose(error)
         return self.returncode
 
@@ -256,7 +262,7 @@ def _train(command: list[str], paths: list[str], cores: int | None) -> int:
         )
         if mine:
             os.sched_setaffinity(process.pid, mine)
-        patience = Patience(process, pack, HANG_SECONDS)
+        patience = Patience(process.send_signal, pack, HANG_SECONDS)
         try:
             while process.poll() is None:
                 patience.look()
