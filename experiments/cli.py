@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -78,7 +79,7 @@ def define_hosts(values: flags.FlagValues) -> None:
 
 def enrol(values: flags.FlagValues) -> None:
     """Finds this process's place among several. Raises UserError for flags that do not go together."""
-    given = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
+    given: dict[str, Any] = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
     missing = [name for name, value in given.items() if value is None]
     if values.multihost and len(missing) < len(given):
         raise UserError("--multihost asks the cluster; leave out --coordinator, --num_processes and --process_id")

@@ -240,7 +240,7 @@ def _placed_share(batch: Batch, sharding: NamedSharding, share: Share) -> Batch:
         rows = here * share.of // (share.end - share.first)
         before = share.rows(rows).start
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             first, end, _ = index[1].indices(rows)
             return leaf[index[0], first - before : end - before]
 
