@@ -59,16 +59,6 @@ def search(
     return chosen, (code if code != Exit.DONE else Exit.FAILED) if left_out else Exit.DONE
 
 
-def budget(tuning: Tuning, cells: Sequence[Cell]) -> str:
-    """One line on what the search will cost, before the cells themselves."""
-    runs = [cell.run for cell in cells if cell.reason is None]
-    steps = sum(run.training.steps for run in runs) * tuning.trials * len(tuning.seeds)
-    return (
-        f"before them, tuning {', '.join(tuning.fields)}: {len(runs)} cells × {tuning.trials} trials × "
-        f"{len(tuning.seeds)} seed{'s' * (len(tuning.seeds) > 1)}, {steps:,} steps over all seeds"
-    )
-
-
 def outcomes(cells: Sequence[Cell]) -> list[str]:
     """One line a tuned cell: its id and what it chose, or why it is left out."""
     return [
