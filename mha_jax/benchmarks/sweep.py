@@ -94,9 +94,7 @@ def cells(setting: Setting, data_dir: Path) -> list[RunSpec]:
     del sizes["rounds"], sizes["workers"]
     run = language_model(**sizes)
     training = dataclasses.replace(run.training, steps=steps, eval_every=steps, checkpoint_every=steps)
-    # On the whole splits a cell of a hundred steps would be evaluated for longer than it trains.
-    corpus = dataclasses.replace(run.data, data_dir=str(data_dir), validation_fraction=0.01)
-    run = dataclasses.replace(run, training=training, data=corpus)
+    run = dataclasses.replace(run, training=training, data=dataclasses.replace(run.data, data_dir=str(data_dir)))
     return [
         dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=1e-3 * 1.3**number))
         for number in range(count)

@@ -51,14 +51,14 @@ class _Pack:
 
     def load(self, states: Sequence[State | None]) -> State:
         """The state of all members, from those that were restored; None: from step 0."""
-        parents = [_parent(part.run) if state is None else None for part, state in zip(self.parts, states, strict=True)]
+        # Before anything is compiled, as a parent may be wrong.
+        parents = [_parent(part.run) if state is None else {} for part, state in zip(self.parts, states, strict=True)]
         with self.clock("compile"):
-            return self.program.load(
-                _joined([
-                    with_parent(init_state(part.run), parent) if state is None else state
-                    for part, state, parent in zip(self.parts, states, parents, strict=True)
-                ])
-            )  # fmt: skip
+            begun = [
+                with_parent(init_state(part.run), parent) if state is None else state
+                for part, state, parent in zip(self.parts, states, parents, strict=True)
+            ]
+            return self.program.load(_joined(begun))
 
     def step(self, state: State, batch: dict[str, Any], number: int) -> State:
         """Dispatches step `number` (from 1) and only then waits for the metrics of the one before."""
@@ -138,7 +138,7 @@ class _Pack:
             part.log_validation(step, part.of_pack(values))
             if part.error is not None:  # given up
                 part.report(self.facts(part, step))
-        return float(np.mean([part.validation_loss for part in going]))
+        return float(np.mean([np.mean(part.of_pack(values)["loss"]) for part in going]))
 
     def save(self, state: State, step: int) -> None:
         with self.clock("save"):

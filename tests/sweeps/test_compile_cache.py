@@ -52,10 +52,14 @@ def test_a_damaged_entry_is_told_of_once_and_written_anew(tmp_path):
     assert compile_as_a_new_process(tmp_path) == []
 
 
+def cache_dir():
+    return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_the_cache_lies_with_the_sweep_or_where_the_user_says(tmp_path, monkeypatch):
     with compile_cache(epath.Path(tmp_path)):
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache" / "xla")
+        assert cache_dir() == str(tmp_path / ".cache" / "xla")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))  # as JAX reads it when it is imported
     with compile_cache(epath.Path(tmp_path)):
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+        assert cache_dir() == str(tmp_path / "mine")

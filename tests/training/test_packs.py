@@ -1,9 +1,12 @@
 """Runs that train together in one program end with the bits that each ends with alone."""
 
+import jax
 import pytest
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from mha_jax import config as configs
+from mha_jax.sweeps.compile_cache import compile_cache
 from mha_jax.training import loop
 from tests.training.test_loop import assert_same, result, text_config
 
@@ -21,6 +24,16 @@ DIFFERENT = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("packs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_this_module(folder):
+    """Compiled once each, though a training compiles anew: most of the time would go there."""
+    compilation_cache.reset_cache()
+    with compile_cache(epath.Path(folder)):
+        yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
