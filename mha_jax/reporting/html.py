@@ -15,7 +15,7 @@ from mha_jax.reporting.seeds import SeedTable
 from mha_jax.reporting.tables import Table
 
 # What a second of a run was spent on, in the order of the bar. The first two are what a run is for.
-PARTS = ("train", "eval", "compile", "imports", "data", "save")
+PARTS = ("train", "eval", "compile", "imports", "data", "save", "other")
 
 
 def page(
