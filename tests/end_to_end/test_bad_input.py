@@ -117,9 +117,9 @@ def test_flags_that_are_missing_are_named(script, main):
 
 
 def test_a_workdir_of_another_config_is_refused_and_nothing_in_it_changes(script, tmp_path, monkeypatch):
-    def train_a_little(config, run, directory, **_):
-        (directory / "metrics.jsonl").write_text("{}\n")
-        return "stopped"
+    def train_a_little(parts, **_):
+        (parts[0].directory / "metrics.jsonl").write_text("{}\n")
+        return ["stopped"]
 
     monkeypatch.setattr(loop, "train", train_a_little)
     assert script(train.main, DEFAULT, f"--workdir={tmp_path}").code == 75
@@ -135,10 +135,10 @@ def test_a_run_directory_that_is_none_is_told(script, tmp_path):
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(script, tmp_path, monkeypatch):
-    def train_twice(config, run, directory, **_):
-        ended = script(train.main, f"--run={directory}")
+    def train_twice(parts, **_):
+        ended = script(train.main, f"--run={parts[0].directory}")
         assert "is being trained by process" in ended.complaint
-        return "done"
+        return ["done"]
 
     monkeypatch.setattr(loop, "train", train_twice)
     assert script(train.main, DEFAULT, f"--workdir={tmp_path}").code == 0
