@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,8 @@ class Picture:
 
 def _rendered(figure: Figure, form: str) -> bytes:
     out = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else None  # the same results give the same bytes
-    figure.savefig(out, format=form, dpi=160, metadata=metadata)
+    dated = {"svg": "Date", "pdf": "CreationDate"}.get(form)  # the same results give the same bytes
+    figure.savefig(out, format=form, dpi=160, metadata={dated: None} if dated else None)
     return out.getvalue()
 
 
@@ -60,10 +61,10 @@ def panels(rows: int, columns: int, height: float, **layout: list[float]) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=layout)
 
 
-def save(figure: Figure, name: str, foot: str, directory: epath.Path) -> str:
-    """Writes NAME.svg and NAME.png with a line of provenance at the foot. Returns the SVG text."""
+def save(figure: Figure, name: str, foot: str, directory: epath.Path, forms: Sequence[str] = ("svg", "png")) -> str:
+    """Writes NAME.svg and NAME.png, or in other forms, with a line of provenance at the foot. Returns the SVG text."""
     figure.text(0.008, 0.008, foot, fontsize=7, color=MUTED)
-    svg = _rendered(figure, "svg").decode()
-    (directory / f"{name}.svg").write_text(svg)
-    (directory / f"{name}.png").write_bytes(_rendered(figure, "png"))
-    return svg
+    made = {form: _rendered(figure, form) for form in forms}
+    for form, content in made.items():
+        (directory / f"{name}.{form}").write_bytes(content)
+    return made["svg"].decode()
