@@ -175,7 +175,7 @@ def _in_words(directory: RunDirectory, error: Exception) -> Exception:
     if why := refusal(error):
         named = UserError(f"{why}: {getattr(error, 'filename', None) or directory.path}")
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        named = OutOfMemory(_line(error) + directory.prediction)
+        named = OutOfMemory(_line(error) + (directory.prediction and f";{directory.prediction}"))
     if named is not error:
         named.__cause__ = error
     return named

@@ -146,9 +146,9 @@ class RunDirectory:
 
     @property
     def prediction(self) -> str:
-        """ " (1,234 MiB were predicted)": the peak of its memory; empty where nothing was predicted yet."""
+        """ " predicted: 1,234 MiB", of its memory at the peak; empty where nothing was predicted yet."""
         peak = self.status.get("predicted_peak_bytes")
-        return "" if peak is None else f" ({peak / 2**20:,.0f} MiB were predicted)"
+        return "" if peak is None else f" predicted: {peak / 2**20:,.0f} MiB"
 
     @property
     def failure(self) -> str:

@@ -115,7 +115,7 @@ def test_memory_that_does_not_suffice_is_told_with_what_was_predicted(directory,
 
     play(act)
     assert run_cell(directory) == Exit.FAILED
-    told = f"OutOfMemory: {type(error).__name__}: {error} (3,072 MiB were predicted)"
+    told = f"OutOfMemory: {type(error).__name__}: {error}; predicted: 3,072 MiB"
     assert directory.status["error"] == told
 
 
