@@ -34,10 +34,14 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """The words of a sentence in order; `name` is its sent_id, or the line that it begins on."""
+    """The words of a sentence in order; `name` is its sent_id, or the line that it begins on.
+
+    `document` is the id of the last "newdoc" before it; documents without one have the number of their line.
+    """
 
     name: str
     words: tuple[Word, ...]
+    document: str = ""
 
 
 def read(path: epath.PathLike, limit: int | None = None) -> list[Sentence]:
@@ -63,16 +67,17 @@ def read(path: epath.PathLike, limit: int | None = None) -> list[Sentence]:
 
 
 def _sentences(path: str, text: str) -> Iterator[Sentence]:
-    name, lines = None, []
+    name, document, lines = None, "", []
     for number, line in enumerate([*text.split("\n"), ""], 1):
         line = line.rstrip("\r")
         if line.startswith("#"):
             key, _, value = line[1:].partition("=")
             name = value.strip() if key.strip() == "sent_id" else name
+            document = value.strip() or f"line {number}" if key.split()[:1] == ["newdoc"] else document
         elif line.strip():
             lines.append((number, line.split("\t")))
         elif lines:
-            yield Sentence(name or f"line {lines[0][0]}", _words(path, lines))
+            yield Sentence(name or f"line {lines[0][0]}", _words(path, lines), document)
             name, lines = None, []
 
 

@@ -167,6 +167,10 @@ class Data:
         """UTF-8 bytes of the text that is predicted in a split: what bits per byte are divided by."""
         return self.fingerprint["splits"][split]["bytes"]
 
+    def token_counts(self, field: str = "text") -> np.ndarray:
+        """How often each id of the tokenizer stands in the training texts; of a pair, in "source" or "target"."""
+        return np.bincount(self._tokens.tokens("train", field).flat, minlength=self.tokenizer.vocab_size)
+
     def references(self, split: str) -> list[str]:
         """The target side of a translation split as it was written, in the order of "index"."""
         return self._tokens.references(split)

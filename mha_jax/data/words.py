@@ -54,6 +54,16 @@ class WordRows:
                 ids_BT[row, : len(ids)], words_BT[row, : len(ids)], lengths_B[row] = ids, words, len(ids)
             yield WordBatch(self._batch(ids_BT, lengths_B), words_BT, self.sentences[part])
 
+    def by_length(self, shortest: int = 16) -> Iterator["WordRows"]:
+        """The sentences parted by length, each part with the least of shortest, 2 * shortest, ... that holds them."""
+        limit, done = min(shortest, self.length), 0
+        while done < self.length:
+            own = [i for i, ids in enumerate(self.ids) if done < len(ids) <= limit]
+            if own:
+                ids, words = (tuple(column[i] for i in own) for column in (self.ids, self.words))
+                yield WordRows(self.task, limit, ids, words, tuple(self.sentences[i] for i in own), self.left_out)
+            done, limit = limit, min(2 * limit, self.length)
+
     def _batch(self, ids_BT: np.ndarray, lengths_B: np.ndarray) -> Batch:
         real_BT = (np.arange(self.length) < lengths_B[:, None]).astype(np.float32)
         if self.task == "lm":
