@@ -16,6 +16,7 @@ VERBS = {
     "curve": "the metric against heads left, by several orders with controls",
     "grow": "splits, merges, groups or adds heads, into a new run",
     "redundancy": "which heads do the same, in a layer, between layers, seeds and runs",
+    "roles": "where each head looks, its syntax and coreference, with chance levels",
     "claims": "what a paper says about cutting heads, held or not",
     "import": "turns a checkpoint of another library into a run",
 }

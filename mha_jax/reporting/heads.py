@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from mha_jax.reporting import roles
 from mha_jax.reporting.canvas import Picture
 from mha_jax.reporting.html import inline, template
 from mha_jax.reporting.redundancy import signed
@@ -12,6 +13,15 @@ from mha_jax.sweeps.store import RunDirectory, read_json
 
 # Files that start with this name, the title of their section, and what a reader learns and how it was computed.
 _SECTIONS = (
+    ("roles", "What each head does",
+     "Shows heads that have specialised, and on what. Colours are the role of a head: where it looks (previous, next, "
+     "same or first position, the rarest token, start and end tokens, punctuation, equal tokens before, what followed "
+     "them), or else how (broad, far, narrow). Scores are means over held-out texts; a role needs a 95 % interval "
+     "above its threshold and above what even attention would reach."),
+    ("relations", "Which dependencies heads find",
+     "Shows heads that know syntax: points to the right of the best fixed offset. Heads and offsets were chosen on "
+     "other sentences than those that score them."),
+    ("coreference", "Which heads find antecedents", ""),
     ("importance", "What each head is worth",
      "Shows which heads the model leans on, and whether the measures agree. Rows are layers, columns heads, one panel "
      "a measure and kind of attention: means over batches of held-out data, with gates, norms or ablations of one head "
@@ -83,7 +93,7 @@ def _sections(directory: epath.Path) -> Iterator[Section]:
         files = [name for name in names if name.startswith(stem)]
         known.update(files)
         if files:
-            tables = list(_redundancy_tables(directory)) if f"{stem}.json" == "redundancy.json" in files else []
+            tables = list(_TABLES[stem](directory)) if stem in _TABLES and f"{stem}.json" in files else []
             yield Section(title, text, _pictures(directory, files, title), files, tables)
     files = [name for name in names if name not in known]
     if files:
@@ -135,3 +145,9 @@ def _redundancy_tables(directory: epath.Path) -> Iterator[dict[str, Any]]:
                 for one in models
             ],
         }
+
+
+_TABLES = {
+    "redundancy": _redundancy_tables,
+    "roles": lambda directory: roles.tables(read_json(directory / "roles.json")),
+}
