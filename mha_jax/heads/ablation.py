@@ -80,8 +80,9 @@ def leave_one_out(
 
     Args:
       instead: what stands for the head's output before its projection. "zero": nothing, as a gate of 0. "mean": its
-        mean over all real queries of the batches. "resample": what it put out for another example of the batch, one
-        drawn by `seed`, at the real position of the same number, counted round where that example is shorter.
+        mean over all real queries of the batches. "uniform": the mean of the values that each query sees, the head's
+        attention being 1/L (Kovaleva et al. 2019, section 4.6). "resample": what it put out for another example of the
+        batch, one drawn by `seed`, at the real position of the same number, counted round where that is shorter.
     Raises: UserError for an attention or `instead` that does not exist; for "resample" in a batch with one example.
     """
     return _ablations(task, model, batches, lambda heads: 1 - np.eye(heads), instead, names, seed)
@@ -120,7 +121,7 @@ def _ablations(
     seed: int,
 ) -> Ablated:
     """All batches with gates(H), [N, H], on every attention named."""
-    choice("instead", instead, ("zero", "mean", "resample"))
+    choice("instead", instead, ("zero", "mean", "uniform", "resample"))
     present, names = attentions(model), chosen_layers(model, names)
     gates_of = {name: jnp.asarray(gates(present[name].shape.num_heads), present[name].gate.dtype) for name in names}
     means = head_means(task, model, batches, names) if instead == "mean" else None
@@ -152,6 +153,8 @@ def _put_instead(
 ) -> Array | None:
     if instead == "zero":
         return None
+    if instead == "uniform":
+        return prefix.even_outputs(name)
     if means is not None:
         return jnp.asarray(means[name], prefix.inputs[name.split("/")[0]][0].dtype)[None, None]
     rows_B1, positions_BT = _donors(real_queries(prefix.model, prefix.batch)[name.split("/")[0]], rng)

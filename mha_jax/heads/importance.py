@@ -20,7 +20,7 @@ from mha_jax.specs import UserError
 ATTENTION = ("confidence", "variance", "norm_variance")
 GRADIENTS = ("gradient", "gradient_normalised")
 LEAVE_ONE_OUT = ("leave_one_out", "leave_one_out_accuracy")
-COSTLY = ("mean", "resample", "keep_one", "shapley")
+COSTLY = ("mean", "uniform", "resample", "keep_one", "shapley")
 # Those that take about as long as one another; the rest has to be asked for.
 DEFAULT = (*NORMS, *ATTENTION, *GRADIENTS, *LEAVE_ONE_OUT)
 MEASURES = (*DEFAULT, *COSTLY)
@@ -51,7 +51,8 @@ def importance(
 
     leave_one_out        loss without the head minus loss with it, in nats a target (`ablation.leave_one_out`)
     leave_one_out_accuracy  share of targets predicted with the head minus that without it
-    mean, resample       leave_one_out with the head's mean, or its output for another example, in its place
+    mean, uniform, resample  leave_one_out with the head's mean, with even attention, or with its output for another
+                         example in its place
     keep_one             loss of the model minus loss with the head alone in its attention (`ablation.keep_one`)
     shapley              of the heads of each attention, in nats a target (`shapley.layer_shapley`): exact up to
                          `MOST_EXACT` heads, else over PERMUTATIONS orders a batch
@@ -113,7 +114,7 @@ def _of_ablations(
     if measures & set(LEAVE_ONE_OUT):
         found = leave_one_out(task, model, batches, names=names)
         tables = {"leave_one_out": found.table(), "leave_one_out_accuracy": _negative(found.table("accuracy"))}
-    for instead in measures & {"mean", "resample"}:
+    for instead in measures & {"mean", "uniform", "resample"}:
         tables[instead] = leave_one_out(task, model, batches, instead=instead, names=names).table()
     if "keep_one" in measures:
         tables["keep_one"] = _negative(keep_one(task, model, batches, names=names).table())

@@ -60,6 +60,17 @@ class Prefix:
         """
         return self._attended(name).o_BTHV
 
+    def even_outputs(self, name: str) -> Float[Array, "B T H V"]:
+        """What they would hand on if every query attended evenly to the keys that it sees: the mean of their values.
+
+        Raises: UserError for an attention that does not exist.
+        """
+        kind, layer, place = _place(self.model, name)
+        block = nnx.clone(getattr(self.model, kind).blocks[layer])
+        query = getattr(block, place).query
+        nnx.update(query, jax.tree.map(jnp.zeros_like, nnx.state(query)))  # all logits are 0 then
+        return _attended(block, place, self.inputs[kind][layer], *self._context(kind)).o_BTHV
+
     def ablate(self, name: str, gates_NH: Float[Array, "N H"], instead: Array | None = None) -> Sums:
         """Sums of `example_sums` of every example, [N, B] each, with each of N gate vectors on one attention.
 

@@ -143,6 +143,19 @@ def test_a_mean_stands_for_a_head_as_a_bias_would():
     np.testing.assert_allclose(found.sums["loss"][name][1], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_uniform_is_a_head_without_a_query():
+    model, batches = made("lm")
+    name = "decoder/2/attention"
+    without = nnx.clone(model)
+    query = attentions(without)[name].query
+    query.kernel[...] = query.kernel[...].at[:, 1].set(0)
+    query.bias[...] = query.bias[...].at[1].set(0)
+    found = leave_one_out("lm", model, batches, instead="uniform", names=[name])
+    expected = np.concatenate([np.asarray(_sums("lm", without, batch, ones(model))["loss"]) for batch in batches])
+    np.testing.assert_allclose(found.sums["loss"][name][1], expected, rtol=1e-6, atol=1e-6)
+    assert np.abs(expected - found.whole["loss"]).max() > 1e-3
+
+
 def test_resampling_takes_a_head_from_real_positions_of_another_example():
     task, name = "lm", "decoder/0/attention"
     model, batches = made(task)

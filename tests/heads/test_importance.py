@@ -196,7 +196,7 @@ def test_ablations_are_signed_so_that_more_is_more_important():
     np.testing.assert_array_equal(tables["leave_one_out_accuracy"].mean[name], -removed.table("accuracy").mean[name])
     np.testing.assert_array_equal(tables["keep_one"].mean[name], -alone.table().mean[name])
     np.testing.assert_array_equal(tables["keep_one"].p_values[name], alone.table().p_values[name])
-    for measure in ("mean", "resample"):
+    for measure in ("mean", "uniform", "resample"):
         other = leave_one_out(spec.task, model, batches, instead=measure, names=layers).table()
         np.testing.assert_array_equal(tables[measure].mean[name], other.mean[name])
     np.testing.assert_array_equal(tables["shapley"].mean[name], layer_shapley("lm", model, batches).mean[name])
