@@ -79,13 +79,21 @@ def _study(values: flags.FlagValues) -> None:
     found = compare(model, first, measures)
     if not found:
         raise UserError(f"run {run_id} has no heads to compare")
+    within = {str(seed): reporting.within_layers(found, found_by)}
+    for one in seeds:
+        within[str(one)] = reporting.within_layers(compare(opened.model(one), first, (found_by,)), found_by)
     grams = written_grams(model, first)
     twins = [one for pairs in found.values() for one in find_twins(pairs[found_by], grams, cuts[found_by])]
     measured = measure_effects(opened.run.task, model, second, sorted(twins, key=lambda one: one.distance))
     matched = [*match_layers(found), *match_models(f"seed {seed}", model, others, first, measures)]
 
     facts = {"run": run_id, "seed": seed, "step": opened.step, "split": values.split, "found_by": found_by}
-    facts |= {"other": values.other, "batches": [len(first), len(second)], "held_out": held_out}
+    facts |= {
+        "other": values.other,
+        "batches": [len(first), len(second)],
+        "held_out": held_out,
+        "within_layers": within,
+    }
     told = reporting.record(found, cuts, measured, matched, facts)
     directory = opened.directory.path / "heads"
     write_json(directory / "redundancy.json", told)

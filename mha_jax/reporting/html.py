@@ -9,6 +9,7 @@ import jinja2
 from mha_jax.reporting import planned
 from mha_jax.reporting.canvas import INK, MUTED, PAGE, RULE, Picture
 from mha_jax.reporting.claims import Verdict
+from mha_jax.reporting.interpretability_page import Section
 from mha_jax.reporting.provenance import caption
 from mha_jax.reporting.results import Results
 from mha_jax.reporting.seeds import SeedTable
@@ -19,7 +20,12 @@ PARTS = ("train", "eval", "compile", "imports", "data", "save", "other")
 
 
 def page(
-    results: Results, table: Table, seed_table: SeedTable | None, verdicts: list[Verdict], pictures: list[Picture]
+    results: Results,
+    table: Table,
+    seed_table: SeedTable | None,
+    verdicts: list[Verdict],
+    pictures: list[Picture],
+    interpretability: Section | None = None,
 ) -> str:
     """The whole HTML text."""
     question, _, rest = str(results.sweep.get("docstring") or "").strip().partition("\n")
@@ -30,7 +36,9 @@ def page(
         verdicts=verdicts,
         table=table,
         seed_table=seed_table,
-        pictures=[{"name": p.name, "title": p.title, "caption": p.caption, "svg": inline(p)} for p in pictures],
+        pictures=[_shown(picture) for picture in pictures],
+        interpretability=interpretability,
+        interpretability_picture=interpretability and _shown(interpretability.picture),
         cells=[
             {"label": label, "run": run.run, "state": run.state, "summary": run.summary}
             | ({"heads": f"../runs/{run.run}/heads/index.html"} if run.has_heads else {})
@@ -61,6 +69,10 @@ def inline(picture: Picture) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{picture.name}-", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{picture.title}" ', 1)
+
+
+def _shown(p: Picture) -> dict[str, str]:
+    return {"name": p.name, "title": p.title, "caption": p.caption, "svg": inline(p)}
 
 
 def _progress(results: Results) -> str:

@@ -31,7 +31,8 @@ def record(
 ) -> dict[str, Any]:
     """What redundancy.json holds.
 
-    facts        of the run: "run", "seed", "step", "split", "other", "batches", "held_out", "found_by"
+    facts        of the run: "run", "seed", "step", "split", "other", "batches", "held_out", "found_by", and
+                 "within_layers": {SEED: {ATTENTION: mean similarity of its pairs of heads, by "found_by"}}
     measures     {measure: {"meaning", "cut"}}; a cut is the distance up to which heads count as alike
     kinds        {kind: {"heads": ["encoder/0/attention:1", ...], "measures": {measure: {"value": [N][N],
                  "standard_error": [N][N] or null, "clusters": [[head, ...], ...]}}}}: clusters of two heads and more
@@ -83,6 +84,19 @@ def _matrix(pairs: Pairs, cut: float) -> dict[str, Any]:
 
 def _effect(effect: Effect | None) -> dict[str, float] | None:
     return None if effect is None else effect._asdict()
+
+
+def within_layers(found: Found, measure: str) -> dict[str, float]:
+    """{attention: mean similarity of its pairs of heads}; an attention of one head has none."""
+    means = {}
+    for by_measure in found.values():
+        pairs = by_measure[measure]
+        names = np.array([head.name for head in pairs.rows])
+        for name in dict.fromkeys(names.tolist()):
+            own = pairs.value[np.ix_(names == name, names == name)]
+            if len(own) > 1:
+                means[name] = round(float(own[np.triu_indices(len(own), 1)].mean()), 6)
+    return means
 
 
 def rows(found: Found) -> Iterator[list[Any]]:

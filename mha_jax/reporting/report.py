@@ -2,11 +2,27 @@
 
 from etils import epath
 
-from mha_jax.reporting import claims, formats, html, planned, plots, provenance, results, seeds, tables, trials, tuning
+from mha_jax.reporting import (
+    claims,
+    formats,
+    html,
+    interpretability,
+    interpretability_page,
+    planned,
+    plots,
+    provenance,
+    results,
+    seeds,
+    tables,
+    trials,
+    tuning,
+)
 
 
 def build_report(workdir: epath.PathLike) -> epath.Path:
     """Writes DIR/report: index.html, table.{md,csv,tex}, results.csv and the figures. Returns the path of the page.
+
+    Where heads of a finished run have been looked into, also interpretability.{md,csv,svg,png}.
 
     May be called at any moment, also while runs train: what is not finished is listed with its reason.
 
@@ -28,6 +44,11 @@ def build_report(workdir: epath.PathLike) -> epath.Path:
     plan = planned.rows(found)
     if plan:
         (directory / "plan.csv").write_text(formats.rows_as_csv(plan))
+    heads = interpretability.make(found, workdir)
+    section = heads and interpretability_page.section(heads, provenance.footer(found), directory)
+    if heads and section:
+        (directory / "interpretability.md").write_text(interpretability_page.markdown(section))
+        (directory / "interpretability.csv").write_text(formats.rows_as_csv(interpretability.as_rows(heads)))
     page = directory / "index.html"
-    page.write_text(html.page(found, table, seeds.make(found, table), verdicts, pictures))
+    page.write_text(html.page(found, table, seeds.make(found, table), verdicts, pictures, section))
     return page

@@ -10,7 +10,7 @@ from mha_jax.heads.redundancy import CUTS, Effect, Measured, Suggestion, Twins
 from mha_jax.heads.similarity import Head, Pairs
 from mha_jax.reporting import build_report
 from mha_jax.reporting.heads import write_page
-from mha_jax.reporting.redundancy import draw, lines, record, rows
+from mha_jax.reporting.redundancy import draw, lines, record, rows, within_layers
 from mha_jax.specs import UserError
 from mha_jax.sweeps.store import write_json
 from tests.reporting.test_report import Tags
@@ -58,6 +58,15 @@ def test_record_is_json_and_names_clusters_and_actions():
     assert one["kinds"]["decoder"]["measures"]["weights"]["standard_error"] is None
     assert [suggestion["action"] for suggestion in one["suggestions"]] == ["prune", "merge"]
     assert one["matchings"][0]["between"] == ["decoder/0/attention", "decoder/1/attention"]
+
+
+def test_similarity_within_layers_is_the_mean_over_their_pairs():
+    value = np.eye(4)
+    value[0, 1] = value[0, 2] = value[1, 2] = 0.3
+    value[0, 3] = value[1, 3] = 0.9
+    heads = (*HEADS[:3], HEADS[3])
+    pairs = Pairs("cka", heads, heads, value, None)
+    assert within_layers({"decoder": {"cka": pairs}}, "cka") == {"decoder/0/attention": pytest.approx(0.3)}
 
 
 def test_table_has_a_row_for_every_pair_and_measure():
