@@ -247,7 +247,7 @@ def _written(side: list[Attended], real_BT: Bool[Array, "B T"]) -> Float[Array, 
     width = max(min(one.layer.shape.v_dim, one.layer.d_model) for one in side)
     real_P11 = real_BT.reshape(-1, 1, 1)
     found = []
-    for layer, q_BTHK, k_BSGK, v_BSGV, visibility in side:
+    for layer, q_BTHK, k_BSGK, v_BSGV, visibility, _ in side:
         o_BTHV = layer.attended(q_BTHK, k_BSGK, v_BSGV, visibility)
         kernel_HDV = (layer.head_gate()[:, None, None] * layer.out.kernel[...]).astype(jnp.float32).swapaxes(1, 2)
         # out.kernel[h] = R^T Q^T with orthonormal Q: o R^T has the inner products of o out.kernel[h], and is V wide.

@@ -144,7 +144,7 @@ def _many_claims(rng: np.random.Generator, sweeps: int, spreads: Sequence[float]
 
 def _added_seeds(rng: np.random.Generator, sweeps: int, spreads: Sequence[float]) -> Iterator[Row]:
     """Seeds are added until a claim is held: who stops at the first success."""
-    plans: tuple[tuple[int, ...], ...] = ((3, 10), (3, 5, 10), tuple(range(3, 11)))
+    plans: list[list[int]] = [[3, 10], [3, 5, 10], list(range(3, 11))]
     for plan in plans:
         for m in (1, 5):
             differences = draw(rng, sweeps, m, plan[-1], spreads[1])
