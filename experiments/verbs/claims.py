@@ -1,6 +1,6 @@
-"""What a paper says about cutting heads, checked: `python -m experiments.heads claims --run=DIR --config=configs/X.py`.
+"""What a paper says about heads, checked: `python -m experiments.heads claims --run=DIR --config=configs/X.py`.
 
-Reads RUN/heads/importance.json and curve.json, which `importance` and `curve` write, and get_cuts() of the config file;
+Reads RUN/heads/importance.json, curve.json and roles.json, which the verbs write, and get_cuts() of the config file;
 writes RUN/heads/claims.json and claims.md. Each is held, not held or undecided, by a 95 % interval over seeds.
 """
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     config = directory.config
     study = grid.load(values.config)
     if not study.cuts:
-        raise UserError(f"{values.config} says nothing about cutting heads: it has no get_cuts()")
+        raise UserError(f"{values.config} says nothing about heads: it has no get_cuts()")
     verdicts = check_cuts(study.cuts, directory.path / "heads")
     facts = {"run": directory.run_id, "name": config["name"], "config_file": study.path, "sha256": study.sha256}
     write_json(

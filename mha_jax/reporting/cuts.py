@@ -1,4 +1,4 @@
-"""What a paper says about cutting heads, checked against RUN/heads/importance.json and curve.json.
+"""What a paper says about heads, checked against RUN/heads/importance.json, curve.json and roles.json.
 
 A claim is a dict `{"text", "less", "than", "margin"}`: `less` + margin is below `than`, seed by seed. Each of the two
 is a number of every seed, described by a dict:
@@ -7,6 +7,10 @@ is a number of every seed, described by a dict:
   {"significant": MEASURE, "level"}               the share of heads whose p-value (Holm) is below the level
   {"best_alone": KIND, "layer"}                   what the loss rises by when only an attention's best head is kept;
                                                   without a layer the median over layers
+  {"helped": MEASURE, "level"}                    the share of heads without which the loss is lower, by the same p
+  {"relation": NAME, "part"}                      of a relation's best head "accuracy", "gain", or "baseline": the best
+                                                  offset's accuracy; all as shares
+  {"shapes": [SHAPE, ...]}                        the share of attention maps that have one of these shapes
   {"value": x}                                    a number that the claim names itself
 """
 
@@ -32,7 +36,7 @@ def check_cuts(claims: Sequence[Mapping[str, Any]], directory: epath.PathLike) -
     point or a second seed. Raises: UserError for a claim that is not understood.
     """
     found = {}
-    for name in ("importance", "curve"):
+    for name in ("importance", "curve", "roles"):
         file = epath.Path(directory) / f"{name}.json"
         found[name] = read_json(file) if file.exists() else None
     return [_check(claim, found) for claim in claims]
@@ -85,7 +89,15 @@ def _values(point: Point, found: Mapping[str, Any]) -> dict[Any, float]:
         return _significant(point, found["importance"])
     if "best_alone" in point:
         return _best_alone(point, found["importance"])
-    raise UserError(f"{dict(point)!r} is no point; known are curve, significant, best_alone and value")
+    if "helped" in point:
+        return _helped(point, found["importance"])
+    if "relation" in point:
+        return _relation(point, found["roles"])
+    if "shapes" in point:
+        return _shapes(point, found["roles"])
+    raise UserError(
+        f"{dict(point)!r} is no point; known are curve, significant, best_alone, helped, relation, shapes and value"
+    )
 
 
 def _curve(point: Point, curve: Any) -> dict[Any, float]:
@@ -120,8 +132,41 @@ def _best_alone(point: Point, importance: Any) -> dict[Any, float]:
     return rises
 
 
-def _seeds(importance: Any) -> dict[int, Any]:
-    return {} if importance is None else {int(seed): measures for seed, measures in importance["seeds"].items()}
+def _helped(point: Point, importance: Any) -> dict[Any, float]:
+    shares = {}
+    for seed, measures in _seeds(importance).items():
+        heads = measures.get(point["helped"], {}).get("heads", {}).values()
+        pairs = [pair for one in heads for pair in zip(one["mean"], one["p_holm"] or (), strict=False)]
+        if pairs:
+            shares[seed] = float(np.mean([rise < 0 and p is not None and p < point["level"] for rise, p in pairs]))
+    return shares
+
+
+def _relation(point: Point, roles: Any) -> dict[Any, float]:
+    return {
+        seed: row[point["part"]]["mean"]
+        for seed, one in _seeds(roles).items()
+        for row in one["relations"]
+        if row["best"] and row["relation"] == point["relation"]
+    }
+
+
+def _shapes(point: Point, roles: Any) -> dict[Any, float]:
+    shares = {}
+    for seed, one in _seeds(roles).items():
+        of_heads = [
+            sum(own["shapes"][shape]["mean"][head] for shape in point["shapes"])
+            for own in one["attentions"].values()
+            if own["shapes"]
+            for head in range(own["heads"])
+        ]
+        if of_heads:
+            shares[seed] = float(np.mean(of_heads))
+    return shares
+
+
+def _seeds(told: Any) -> dict[int, Any]:
+    return {} if told is None else {int(seed): one for seed, one in told["seeds"].items()}
 
 
 def _label(point: Point) -> str:
@@ -133,6 +178,13 @@ def _label(point: Point) -> str:
         return f"{times}{point['curve']} at {100 * point['removed']:.0f} % of {point['kind']} removed ({order})"
     if "significant" in point:
         return f"share of heads with p < {point['level']:g} ({point['significant'].replace('_', ' ')})"
+    if "helped" in point:
+        return f"share of heads that help by being cut, p < {point['level']:g} ({point['helped'].replace('_', ' ')})"
+    if "relation" in point:
+        whose = "best offset" if point["part"] == "baseline" else "best head"
+        return f"{point['part']} of the {whose}, {point['relation']}"
+    if "shapes" in point:
+        return f"share of maps that are {' or '.join(point['shapes'])}"
     layer = point.get("layer")
     which = "median layer" if layer is None else "last layer" if layer == -1 else f"layer {layer}"
     return f"loss rise with the best head alone, {point['best_alone']}, {which}"

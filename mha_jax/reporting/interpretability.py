@@ -5,7 +5,6 @@ columns out. Every number is one of each seed, so that intervals and differences
 """
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -182,10 +181,7 @@ def _probes(told: Mapping[str, Any]) -> Numbers:
     for seed, one in told["seeds"].items():
         found = []
         for task in one["tasks"].values():
-            heads = [
-                own for own in task.values() if isinstance(own, Mapping) and isinstance(own.get("selectivity"), list)
-            ]
-            numbers = [x for own in heads for x in own["selectivity"] if x is not None and math.isfinite(x)]
+            numbers = [x for own in task["heads"].values() for x in own["selectivity"]]
             found += [numbers] if numbers else []
         if found:
             yield seed, "best_selectivity", float(np.mean([max(numbers) for numbers in found]))

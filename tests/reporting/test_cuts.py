@@ -1,4 +1,4 @@
-"""Claims about cutting heads: held, not held or undecided by the seeds of importance.json and curve.json."""
+"""Claims about heads: held, not held or undecided by the seeds of importance.json, curve.json and roles.json."""
 
 import json
 
@@ -50,6 +50,26 @@ def test_shares_of_significant_heads_and_best_heads_alone_are_read(heads):
     assert status(heads, half, {"value": 0.4}) == "not held"
     assert status(heads, {"best_alone": "encoder"}, {"value": 0.05}) == "held"
     assert status(heads, {"best_alone": "encoder", "layer": -1}, {"best_alone": "cross", "layer": -1}) == "held"
+
+
+def test_relations_shapes_and_heads_that_help_by_going_are_read(heads):
+    def of_seed(seed):
+        det = {"relation": "det", "best": True, "accuracy": {"mean": 0.9}, "baseline": {"mean": 0.5 + 0.01 * seed}}
+        shapes = {"vertical": {"mean": [0.5, 0.1]}, "diagonal": {"mean": [0.2, 0.4]}}
+        worse = {**det, "best": False, "accuracy": {"mean": 0.1}}
+        attentions = {"encoder/0/attention": {"heads": 2, "shapes": shapes}, "cross": {"heads": 1, "shapes": None}}
+        return {"relations": [det, worse], "attentions": attentions}
+
+    (heads / "roles.json").write_text(json.dumps({"seeds": {str(seed): of_seed(seed) for seed in range(3)}}))
+    best = {"relation": "det", "part": "accuracy"}
+    assert status(heads, {"relation": "det", "part": "baseline"}, best, margin=0.3) == "held"
+    assert status(heads, {"relation": "det", "part": "baseline"}, best, margin=0.395) == "undecided"
+    assert status(heads, {"relation": "nsubj", "part": "baseline"}, best) == "undecided"
+    assert status(heads, {"shapes": ["vertical", "diagonal"]}, {"value": 0.61}) == "held"  # (0.7 + 0.5) / 2
+    assert status(heads, {"shapes": ["vertical", "diagonal"]}, {"value": 0.59}) == "not held"
+    helped = {"helped": "leave_one_out", "level": 0.01}
+    assert status(heads, {"value": 0.4}, helped) == "held"  # two of four have p 0.001 and lower the loss
+    assert status(heads, {"value": 0.6}, helped) == "not held"
 
 
 def test_what_is_not_there_is_undecided_and_said_so(heads, tmp_path):

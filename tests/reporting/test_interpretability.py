@@ -23,10 +23,9 @@ def write_heads(heads, *, roles):
     rows = [row | {"left": left, "loss": loss} for left, loss in points]
     rows += [row | {"order": "random", "left": 0, "loss": 0.0}, row | {"kind": "cross", "left": 0, "loss": 0.0}]
     write_json(heads / "curve.json", {"order": "gradient", "rows": rows})
-    tasks = {
-        "pos": {"majority": 0.2, A: {"selectivity": [0.1, 0.3]}, B: {"selectivity": [0.2, None]}},
-        "tense": {"majority": 0.5, A: {"selectivity": [0.0, 0.1]}, B: {"selectivity": [0.1, 0.0]}},
-    }
+    pos = {A: {"selectivity": [0.1, 0.3]}, B: {"selectivity": [0.2, 0.2]}}
+    tense = {A: {"selectivity": [0.0, 0.1]}, B: {"selectivity": [0.1, 0.0]}}
+    tasks = {"pos": {"embedding": {"selectivity": [0.9]}, "heads": pos}, "tense": {"heads": tense}}
     write_json(heads / "probes.json", {"seeds": {"0": {"tasks": tasks}}})
 
 
