@@ -1,0 +1,164 @@
+"""Llama (Touvron et al. 2023) in the layout of `LlamaForCausalLM`: a run of task "lm".
+
+Linear layers are [outputs, inputs]. Theirs rotates feature i of a head with feature i + K/2, ours with its neighbour:
+the features of queries and keys are reordered, which changes no product of the two.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mha_jax.pretrained import oracle, sizes
+from mha_jax.pretrained.directory import Tensors
+from mha_jax.pretrained.layout import Entry, entry, into_heads, linear, norm, out_of_heads
+from mha_jax.pretrained.sizes import Sizes
+from mha_jax.specs import HeadShape, RunSpec, UserError
+
+MODEL_TYPE = "llama"
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """Every llama is read as a language model."""
+    return "lm"
+
+
+def sizes_in(config: Mapping[str, Any]) -> Sizes:
+    width, count = sizes.number(config, "hidden_size"), sizes.number(config, "num_hidden_layers")
+
+    def shape() -> HeadShape:
+        own = config.get("head_dim")
+        heads = sizes.number(config, "num_attention_heads")
+        return HeadShape.resolve(width, heads, config.get("num_key_value_heads"), own, own)
+
+    return Sizes(
+        width,
+        sizes.number(config, "intermediate_size"),
+        sizes.number(config, "vocab_size"),
+        sizes.number(config, "max_position_embeddings"),
+        sizes.layers(config, count, shape),
+    )
+
+
+def _rope_base(config: Mapping[str, Any]) -> float:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    base = rope.get("rope_theta", config.get("rope_theta"))
+    if kind != "default" or base is None:
+        raise UserError(
+            f"config.json: rotary positions of type {kind!r} with base {base!r} cannot be built; 'default' can"
+        )
+    return float(base)
+
+
+def fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelSpec`. Raises: UserError for what our decoder cannot do."""
+    sizes.refuse(config, {"hidden_act": ("silu", "swish"), "sliding_window": (None,), "qk_norm": (False,)})
+    return sizes.model_fields(sizes_in(config)) | {
+        "positions": "rope",
+        "rope_base": _rope_base(config),
+        "norm": "pre",
+        "normalization": "rms",
+        "norm_epsilon": sizes.said(config, "rms_norm_eps"),
+        "activation": "swiglu",
+        "use_bias": config.get("attention_bias", False),
+        "use_ff_bias": config.get("mlp_bias", False),
+        "scale_embedding": False,
+        "embedding_norm": False,
+        "token_types": 0,
+        "pooling": "mean",
+        "dropout_rate": 0.0,
+        "attention_dropout_rate": config.get("attention_dropout", 0.0),
+    }
+
+
+def entries(config: Mapping[str, Any]) -> list[Entry]:
+    """Every tensor of such a checkpoint, tied ones once."""
+    model, inner_bias = sizes_in(config), bool(config.get("mlp_bias", False))
+    width, bias = model.d_model, bool(config.get("attention_bias", False))
+    found = [
+        entry("model.embed_tokens.weight", ("tokens", "embedding"), model.vocab_size, width),
+        *norm("model.norm", ("decoder", "final_norm"), width, bias=False),
+    ]
+    for layer, heads in enumerate(model.heads):
+        name, path = f"model.layers.{layer}", ("decoder", "blocks", layer)
+        attention, inner = (*path, "attention"), (*path, "feed_forward")
+        names = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
+        found += norm(f"{name}.input_layernorm", (*path, "attention_norm"), width, bias=False)
+        found += into_heads(names, attention, width, heads, bias=bias, transposed=True, halves=True)
+        found += out_of_heads(f"{name}.self_attn.o_proj", attention, width, heads, bias=bias, transposed=True)
+        found += norm(f"{name}.post_attention_layernorm", (*path, "feed_forward_norm"), width, bias=False)
+        found += linear(f"{name}.mlp.gate_proj", (*inner, "gating"), width, model.d_ff, bias=inner_bias)
+        found += linear(f"{name}.mlp.up_proj", (*inner, "up"), width, model.d_ff, bias=inner_bias)
+        found += linear(f"{name}.mlp.down_proj", (*inner, "down"), model.d_ff, width, bias=inner_bias)
+    return found
+
+
+def prepared(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The tensors without buffers, tied ones once. Raises: UserError for an output table of its own."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    sizes.untie(found, "model.embed_tokens.weight", "lm_head.weight")
+    return found
+
+
+def config_of(run: RunSpec, model: Sizes) -> dict[str, Any]:
+    """The config.json of a run's model, as far as a llama can say it."""
+    first = next((shape for shape in model.heads if shape.num_heads), model.heads[0])
+    plain = HeadShape(first.num_heads, first.num_kv_heads, first.qk_dim, first.qk_dim)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": len(model.heads),
+        "num_attention_heads": first.num_heads,
+        "num_key_value_heads": first.num_kv_heads,
+        "head_dim": first.qk_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": run.model.norm_epsilon,
+        "rope_theta": run.model.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": run.model.rope_base},
+        "attention_bias": run.model.use_bias,
+        "mlp_bias": run.model.use_ff_bias,
+        "attention_dropout": run.model.attention_dropout_rate,
+        "tie_word_embeddings": True,
+        **sizes.head_map(model, plain),
+    }
+
+
+def hidden_states(config: Mapping[str, Any], tensors: Tensors, tokens_T: np.ndarray) -> list[np.ndarray]:
+    """The forward pass of one row in float64 by the original tensors, written apart from our model's.
+
+    Returns: what enters the first layer, what each layer hands on [T, D], and the logits [T, C].
+    """
+    w = {name.removeprefix("model."): tensor.astype(np.float64) for name, tensor in prepared(config, tensors).items()}
+    length = len(tokens_T)
+
+    def product(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def normed(x: np.ndarray, name: str) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config["rms_norm_eps"]) * w[f"{name}.weight"]
+
+    def turned(x: np.ndarray, width: int) -> np.ndarray:
+        x = x.reshape(length, -1, width)
+        angles = np.arange(length)[:, None] * _rope_base(config) ** (-np.arange(0, width, 2) / width)
+        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        first, second = x[..., : width // 2], x[..., width // 2 :]
+        y = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return y.reshape(length, -1)
+
+    x = w["embed_tokens.weight"][tokens_T]
+    states = [x]
+    for layer, heads in enumerate(sizes_in(config).heads):
+        name = f"layers.{layer}"
+        q, k, v = (product(normed(x, f"{name}.input_layernorm"), f"{name}.self_attn.{part}_proj") for part in "qkv")
+        q, k = turned(q, heads.qk_dim), turned(k, heads.qk_dim)
+        x = x + product(oracle.attended(q, k, v, heads, np.tri(length, dtype=bool)), f"{name}.self_attn.o_proj")
+        y = normed(x, f"{name}.post_attention_layernorm")
+        gate = product(y, f"{name}.mlp.gate_proj")
+        x = x + product(gate / (1 + np.exp(-gate)) * product(y, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
+        states.append(x)
+    return [*states, normed(x, "norm") @ w["embed_tokens.weight"].T]
