@@ -17,7 +17,12 @@ VERBS = {
     "grow": "splits, merges, groups or adds heads, into a new run",
     "redundancy": "which heads do the same, in a layer, between layers, seeds and runs",
     "roles": "where each head looks, its syntax and coreference, with chance levels",
-    "claims": "what a paper says about cutting heads, held or not",
+    "atlas": "layers by heads on one page: role, worth, entropy and map of each",
+    "table": "interpretability beside quality, over the cells of a sweep",
+    "all": "several verbs over all runs of a sweep",
+    "claims": "what a paper says about heads, held or not",
+    "capture": "named tensors of chosen heads, as arrays for numpy",
+    "maps": "attention maps of single texts: a page, and pictures for a paper",
     "import": "turns a checkpoint of another library into a run",
 }
 

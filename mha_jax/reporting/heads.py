@@ -13,6 +13,9 @@ from mha_jax.sweeps.store import RunDirectory, read_json
 
 # Files that start with this name, the title of their section, and what a reader learns and how it was computed.
 _SECTIONS = (
+    ("atlas", "The atlas",
+     "Shows all heads at a glance, each with its map of one text in the colour of its role; atlas.html also has what "
+     "each costs to cut, and its map with every token."),
     ("roles", "What each head does",
      "Shows heads that have specialised, and on what. Colours are the role of a head: where it looks (previous, next, "
      "same or first position, the rarest token, start and end tokens, punctuation, equal tokens before, what followed "

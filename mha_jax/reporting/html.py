@@ -42,6 +42,7 @@ def page(
         cells=[
             {"label": label, "run": run.run, "state": run.state, "summary": run.summary}
             | ({"heads": f"../runs/{run.run}/heads/index.html"} if run.has_heads else {})
+            | ({"atlas": f"../runs/{run.run}/heads/atlas.html"} if run.has_atlas else {})
             for label, run in zip(results.labels, results.runs, strict=True)
         ],
         parts=PARTS,

@@ -36,6 +36,7 @@ class Run:
     status: Mapping[str, Any]
     log: list[dict[str, Any]]
     has_heads: bool = False  # whether its heads have a page
+    has_atlas: bool = False  # and an atlas
     gave_up: bool = False  # whether the reason is that tuning found no values for its cell
 
     @property
@@ -266,6 +267,7 @@ def _run(directory: epath.Path, cell: Mapping[str, Any], problems: list[str]) ->
         status=_json(directory / "status.json", problems),
         log=log,
         has_heads=(directory / "heads" / "index.html").exists(),
+        has_atlas=(directory / "heads" / "atlas.html").exists(),
         gave_up="untuned" in cell,
     )
 

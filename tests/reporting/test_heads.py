@@ -113,6 +113,13 @@ def test_report_of_the_sweep_links_the_page_and_the_page_links_back(run):
     assert 'href="../../../report/index.html"' in page.read_text()
 
 
+def test_atlas_is_linked_from_the_page_and_the_report(run):
+    (run.path / "heads" / "atlas.html").write_text("an atlas")
+    page = write_page(run.path)
+    assert "The atlas" in page.read_text() and 'href="atlas.html"' in page.read_text()
+    assert f'href="../runs/{run.run_id}/heads/atlas.html"' in build_report(run.workdir).read_text()
+
+
 def test_page_of_what_is_no_run_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="is no run directory"):
         write_page(tmp_path / "nothing")
