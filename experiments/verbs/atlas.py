@@ -14,7 +14,6 @@ from absl import flags
 from experiments import cli, texts
 from mha_jax.heads.capture import attentions, head_statistics, kind_of
 from mha_jax.heads.maps import example_maps
-from mha_jax.heads.tables import check_batches
 from mha_jax.specs import UserError
 from mha_jax.sweeps.opening import OpenedRun, chosen_seeds, open_run
 from mha_jax.sweeps.store import read_json
@@ -29,10 +28,9 @@ _statistics = jax.jit(head_statistics)
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     texts.define(values, "Attentions, such as encoder/0/attention; default: all.")
-    flags.DEFINE_integer("batches", 4, "Batches of the split that the entropy is a mean over.", flag_values=values)
+    flags.DEFINE_integer("batches", 4, "Batches of the split that the entropy is a mean over.", 1, flag_values=values)
     cli.parse(values, argv, __doc__)
     texts.check(values)
-    check_batches(values.batches, least=1)
     if len(values.examples) > 1:
         raise UserError(f"--examples={','.join(values.examples)} are {len(values.examples)}; an atlas shows one text")
     _write(values)
@@ -69,9 +67,8 @@ def _write(values: flags.FlagValues) -> None:
 def _entropies(opened: OpenedRun, model: "Model", values: flags.FlagValues) -> dict[str, list[float]]:
     """{attention: nats of each head}, the mean over real queries."""
     found = [jax.device_get(_statistics(model, batch)) for batch in opened.batches(values.split, values.batches)]
-    return {
-        name: (sum(one[name].sums.entropy for one in found) / max(sum(float(one[name].count) for one in found), 1.0))
-        .astype(np.float64)
-        .tolist()
-        for name in attentions(model)
-    }
+    mean = {}
+    for name in attentions(model):
+        queries = max(sum(float(one[name].count) for one in found), 1.0)
+        mean[name] = (np.sum([one[name].sums.entropy for one in found], axis=0) / queries).tolist()
+    return mean

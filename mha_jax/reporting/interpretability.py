@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from scipy import stats
 
+from mha_jax.heads.tables import spearman
 from mha_jax.reporting.results import Cell, Results
 from mha_jax.reporting.statistics import Estimate, holm, interval, paired
 from mha_jax.reporting.tables import deciding, decimals, head_shape, with_unit
@@ -197,9 +197,9 @@ def _correlations(rows: list[Row], metrics: list[str], measures: list[str]) -> I
                 for row in rows
                 if metric in row.estimates and measure in row.estimates
             ]
-            x, y = map(set, zip(*pairs, strict=True)) if pairs else (set(), set())
-            if len(pairs) >= 3 and len(x) > 1 and len(y) > 1:
-                yield metric, measure, float(stats.spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
+            rho = spearman(*np.array(pairs).reshape(-1, 2).T)
+            if rho is not None:
+                yield metric, measure, rho, len(pairs)
 
 
 def title(name: str) -> str:
