@@ -16,6 +16,7 @@ VERBS = {
     "curve": "the metric against heads left, by several orders with controls",
     "grow": "splits, merges, groups or adds heads, into a new run",
     "redundancy": "which heads do the same, in a layer, between layers, seeds and runs",
+    "probe": "what linear probes read out of each head: part of speech, relation, number, tense",
     "roles": "where each head looks, its syntax and coreference, with chance levels",
     "atlas": "layers by heads on one page: role, worth, entropy and map of each",
     "table": "interpretability beside quality, over the cells of a sweep",
@@ -24,6 +25,7 @@ VERBS = {
     "capture": "named tensors of chosen heads, as arrays for numpy",
     "maps": "attention maps of single texts: a page, and pictures for a paper",
     "import": "turns a checkpoint of another library into a run",
+    "export": "writes a run's model as a checkpoint of another library",
 }
 
 

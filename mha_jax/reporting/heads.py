@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from mha_jax.reporting import roles
+from mha_jax.reporting import probes, roles
 from mha_jax.reporting.canvas import Picture
 from mha_jax.reporting.html import inline, template
 from mha_jax.reporting.redundancy import signed
@@ -25,6 +25,14 @@ _SECTIONS = (
      "Shows heads that know syntax: points to the right of the best fixed offset. Heads and offsets were chosen on "
      "other sentences than those that score them."),
     ("coreference", "Which heads find antecedents", ""),
+    ("maps", "Where heads look in a text",
+     "maps.html shows the attention of every head in single texts, token by token, and what the heads of a layer do "
+     "together; the folder maps has the same as pictures."),
+    ("probes", "What can be read out of heads",
+     "Shows which heads carry grammar in a form that a linear classifier can read. Probes see what a head reads before "
+     "its output projection, the mean over a word's pieces; they are trained, chosen and scored on three files. "
+     "Selectivity is the accuracy less that of a control task, random labels of word forms: what is left is not merely "
+     "knowing the word."),
     ("importance", "What each head is worth",
      "Shows which heads the model leans on, and whether the measures agree. Rows are layers, columns heads, one panel "
      "a measure and kind of attention: means over batches of held-out data, with gates, norms or ablations of one head "
@@ -41,6 +49,7 @@ _SECTIONS = (
      "Shows heads that could stand in for each other: dark squares off the diagonal. Every pair within a kind of "
      "attention is compared; heads (layer.number) stand in the order of the tree above, which joins them by average "
      "linkage; merges within the dotted cut are blue."),
+    ("capture", "Tensors of heads", "Logits, weights and outputs of chosen heads in single texts, as arrays for numpy."),
 )  # fmt: skip
 
 
@@ -151,6 +160,7 @@ def _redundancy_tables(directory: epath.Path) -> Iterator[dict[str, Any]]:
 
 
 _TABLES = {
+    "probes": lambda directory: probes.tables(read_json(directory / "probes.json")),
     "redundancy": _redundancy_tables,
     "roles": lambda directory: roles.tables(read_json(directory / "roles.json")),
 }
