@@ -1,5 +1,6 @@
 """Writing token after token: greedy or drawn for language models, beam search for translation."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import Array, Float, Int, Key
 from mha_jax.models.cache import Cache, Memory, cached_step, empty_cache, read_memory
 from mha_jax.models.transformer import LanguageModel, TranslationModel
 from mha_jax.specs import BOS, EOS, MASK, PAD, UserError
+
+_NEVER = (PAD, BOS, MASK)  # no targets in the vocabularies made here
 
 
 def _check_length(model: LanguageModel | TranslationModel, max_length: int) -> None:
@@ -24,13 +27,12 @@ def _next_token_scores(
     position: Array,
     cache: Cache,
     memory: Memory | None = None,
-    end: int = EOS,
+    never: Sequence[int] = _NEVER,
 ) -> tuple[Array, Cache]:
-    """Log probabilities [N, C] of the token after `position`; what is never a target can never be written."""
+    """Log probabilities [N, C] of the token after `position`; -inf for the tokens of `never`."""
     x_N1D, cache = cached_step(model.decoder, model.tokens.embed(tokens_N[:, None]), position, cache, memory)
     scores_NC = jax.nn.log_softmax(model.tokens.logits(x_N1D)[:, 0])
-    never = [token for token in (PAD, BOS, MASK) if token != end]
-    return scores_NC.at[:, jnp.array(never)].set(-jnp.inf), cache
+    return scores_NC.at[:, jnp.array(never, int)].set(-jnp.inf), cache
 
 
 def generate(
@@ -40,12 +42,14 @@ def generate(
     *,
     max_length: int,
     end: int = EOS,
+    never: Sequence[int] = _NEVER,
     key: Key[Array, ""] | None = None,
 ) -> Int[Array, "B max_length"]:
     """Continues prompts: each next token is the most probable one, or with a `key` drawn from the probabilities.
 
     Args:    prompt_lengths_B: at least 1; rows may differ, what lies beyond is not read.
              end: the token that ends a text; llama2.c's models end one with the BOS of the next.
+             never: tokens that are not written, `end` excepted: those that are no text in the model's vocabulary.
     Returns: prompt, continuation up to and with the end token, then PAD.
     Raises:  UserError where max_length is shorter than the prompts' array or longer than the model's positions.
     """
@@ -54,6 +58,7 @@ def generate(
     if width > max_length:
         raise UserError(f"max_length={max_length} is shorter than the prompts, which are {width} tokens long")
     tokens_BT = jnp.pad(prompt_BT, ((0, 0), (0, max_length - width)))
+    never = [token for token in never if token != end]
 
     def going_on(state: tuple[Array, Array, Array, Cache]) -> Array:
         position, _, ended_B, _ = state
@@ -63,7 +68,7 @@ def generate(
         position, tokens_BT, ended_B, cache = state
         here_B = lax.dynamic_index_in_dim(tokens_BT, position, axis=1, keepdims=False)
         given_B = lax.dynamic_index_in_dim(tokens_BT, position + 1, axis=1, keepdims=False)
-        scores_BC, cache = _next_token_scores(model, here_B, position, cache, end=end)
+        scores_BC, cache = _next_token_scores(model, here_B, position, cache, never=never)
         if key is None:
             best_B = scores_BC.argmax(axis=-1)
         else:

@@ -31,6 +31,11 @@ class Checkpoint:
     model: dict[str, Any]
     params: dict[str, Any]
 
+    @property
+    def about(self) -> str:
+        """What it is, in a line."""
+        return f"{self.family.MODEL_TYPE} of {self.model['num_layers']} layers, d_model={self.model['d_model']}"
+
     def hidden_states(self, tokens_T: np.ndarray) -> list[np.ndarray]:
         """The float64 forward pass of the original tensors: what each layer reads, the last one's output, logits."""
         return self.family.hidden_states(self.config, self.tensors, tokens_T)

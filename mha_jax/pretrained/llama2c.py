@@ -29,6 +29,18 @@ class Llama2c:
     sizes: dict[str, int]
     arrays: dict[str, np.ndarray]
 
+    task, num_classes = "lm", None
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens its tokenizer must have."""
+        return self.sizes["vocab_size"]
+
+    @property
+    def about(self) -> str:
+        """What it is, in a line."""
+        return str(self.sizes)
+
     @property
     def model(self) -> dict[str, Any]:
         """The fields of `ModelSpec` that make our language model this one."""

@@ -15,19 +15,21 @@ from mha_jax import config as configs
 from mha_jax.data import load
 from mha_jax.data.tokenizers import Tokenizer
 from mha_jax.models.decoding import generate
-from mha_jax.specs import BOS, RunSpec, UserError
+from mha_jax.specs import RunSpec, UserError
 from mha_jax.sweeps.cell import Exit, data_dir, run_cell
 from mha_jax.sweeps.children import begin_run
 from mha_jax.sweeps.store import RunDirectory
 from mha_jax.training.step import State, init_state, merge
 
-_ROWS = 64  # texts written at once
+_ROWS, _LONGEST = 64, 1024  # texts written at once, tokens of one
 
 
 def origin(path: epath.PathLike) -> dict[str, Any]:
-    """What the config of an imported run says under "parent": the file's name and its sha256."""
-    file = epath.Path(path)
-    return {"run": file.name, "surgery": "import", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    """What the config of an imported run says under "parent": its name and the sha256 of the weights' files."""
+    source, digest = epath.Path(path), hashlib.sha256()
+    for file in sorted(source.glob("*.safetensors")) if source.is_dir() else [source]:
+        digest.update(file.read_bytes())
+    return {"run": source.name, "surgery": "import", "sha256": digest.hexdigest()}
 
 
 def imported_state(run: RunSpec, params: Any) -> State:
@@ -58,15 +60,22 @@ def write_imported(workdir: epath.PathLike, config: ConfigDict | Mapping[str, An
 def own_texts(run: RunSpec, params: Any, tokenizer: Tokenizer, count: int, seed: int = 0) -> list[str]:
     """Texts that an imported language model writes from its start token on, each token drawn from its probabilities.
 
-    A text ends where the model ends it, or after model.max_length tokens; blank lines, which part texts, are left out.
+    A text ends where the model ends it, or after model.max_length tokens, at most 1024; blank lines, which part
+    texts, are left out.
     """
     state = imported_state(run, params)
     model = merge(run, *jax.tree.map(lambda leaf: leaf[0], (state["params"], state["constants"])))
-    write = jax.jit(functools.partial(generate, max_length=run.model.max_length, end=tokenizer.end))
+    length, never = min(run.model.max_length, _LONGEST), tuple(tokenizer.specials)
+    write = jax.jit(functools.partial(generate, max_length=length, end=tokenizer.end, never=never))
     rows = min(count, _ROWS)
-    prompts, lengths = jnp.full((rows, 1), BOS), jnp.ones(rows, int)
+    prompts, lengths = jnp.full((rows, 1), tokenizer.start), jnp.ones(rows, int)
     texts: list[str] = []
     for number in range(-(-count // rows)):
         tokens = write(model, prompts, lengths, key=jax.random.fold_in(jax.random.key(seed), number))
-        texts += [tokenizer.decode(row) for row in np.asarray(tokens)]
+        texts += [tokenizer.decode(_until(row[1:], tokenizer.end)) for row in np.asarray(tokens)]
     return ["\n".join(line for line in text.split("\n") if line.strip()) for text in texts[:count]]
+
+
+def _until(row: np.ndarray, end: int) -> np.ndarray:
+    """The tokens before the first `end`: what pads a row behind it can be a token of the text's own vocabulary."""
+    return row[: np.flatnonzero(row == end)[0]] if (row == end).any() else row
