@@ -10,10 +10,11 @@ pruned       a model without half its heads, one built with that shape, and the 
 routing      a layer whose router picks heads: all computed and gated, gathered, and a layer of so few heads
 gates        a step of a language model with each way of gating its heads, beside one without
 sweep        six small cells of one shape trained in packs, and each in a process of its own
+probes       linear probes of all heads as one batched problem, beside one of scikit-learn
 train_step   a step of a language model, next to its matrix products alone and to PyTorch's step
 faults       a sweep killed at random moments: what differs from the same sweep left alone (nothing is timed)
 
-`bench WHAT --help` names its flags. PyTorch is in requirements-bench.txt; without it the rest is timed.
+`bench WHAT --help` names its flags. PyTorch and scikit-learn are in requirements-bench.txt; only probes needs either.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ from mha_jax.benchmarks import (
     layers,
     memory,
     plots,
+    probes,
     pruned,
     routing,
     sparse,
@@ -83,6 +85,7 @@ VERBS = {
     "routing": Verb(routing.Setting, routing.measure, tables.routing_table, None),
     "gates": Verb(gates.Setting, gates.measure, tables.gates_table, None),
     "train_step": Verb(train_step.Setting, train_step.measure, tables.train_step, plots.train_step_figure),
+    "probes": Verb(probes.Setting, probes.measure, probes.table, None),
     "sweep": Verb(sweep.Setting, sweep.measure, sweep.table, None),
     "faults": Verb(faults.Setting, faults.measure, faults.table, None),
 }
