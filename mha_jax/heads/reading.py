@@ -1,18 +1,20 @@
 """The maps of a model, batch by batch, and what `roles` and `shapes` find in them."""
 
 import dataclasses
+import functools
 import string
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from mha_jax.attention import Rule
 from mha_jax.attention.statistics import attention_weights
 from mha_jax.data.tokenizers import Tokenizer
-from mha_jax.heads.capture import Attended, Batch, kind_of, real_queries, watch
+from mha_jax.heads.capture import Batch, attentions, kind_of, real_queries, watch
 from mha_jax.heads.intervals import Estimate, mean_interval
 from mha_jax.heads.roles import CROSS, REPEATED, SELF, RoleSums, RoleTable, Tokens, joined, role_sums
 from mha_jax.heads.shapes import map_shapes
@@ -34,6 +36,18 @@ class TokenKinds:
         texts = [tokenizer.decode([i]).strip() for i in range(tokenizer.vocab_size)]
         punctuation[:] = [bool(text) and all(c in string.punctuation for c in text) for text in texts]
         return cls(special, punctuation & ~special, counts)
+
+
+class Looking(NamedTuple):
+    """Queries and keys of one attention at work, and which keys a query sees."""
+
+    q_BTHK: Array
+    k_BSGK: Array
+    visibility: Rule
+
+
+Sums = dict[str, RoleSums]
+Shapes = dict[str, tuple[Any, Any]]
 
 
 class Found(NamedTuple):
@@ -70,14 +84,16 @@ def head_roles(
             break
     roles = joined([sums for sums, _ in parts], limit)
     random = joined([jax.device_get(_sums(model, repeated, kinds))[0]]) if repeated is not None else {}
-    return {name: _found(name, sums, [shapes for _, shapes in parts], random, limit) for name, sums in roles.items()}
+    shapes = [own for _, own in parts]
+    # Trees come back in the order of the alphabet.
+    return {name: _found(name, roles[name], shapes, random, limit) for name in attentions(model) if name in roles}
 
 
 def _found(
     name: str,
     sums: RoleSums,
-    shapes: list[dict[str, tuple[np.ndarray, np.ndarray]]],
-    random: Mapping[str, RoleSums],
+    shapes: list[Shapes],
+    random: Sums,
     limit: int | None,
 ) -> Found:
     roles = CROSS if kind_of(name) == "cross" else SELF
@@ -113,50 +129,53 @@ def _unhidden(batch: Batch) -> Batch:
     return {**batch, "inputs": batch["targets"]} if hides else dict(batch)
 
 
-def _sums(
-    model: Model, batch: Batch, kinds: Mapping[str, TokenKinds]
-) -> tuple[dict[str, RoleSums], dict[str, tuple[Array, Array]]]:
-    tables = {stack: (one.special, one.punctuation, one.counts) for stack, one in kinds.items()}
-    return _jit_sums(model, batch, jax.tree.map(jnp.asarray, tables))
+def _sums(model: Model, batch: Batch, kinds: Mapping[str, TokenKinds]) -> tuple[Sums, Shapes]:
+    """Of one batch: {attention: RoleSums}, and {self-attention: its shapes and those of even attention, [B, H, 5]}."""
+    real, looking = queries_keys(model, batch)
+    ids = {stack: np.asarray(batch[_tokens_of(batch, stack)]) for stack in real}
+    roles, shapes = {}, {}
+    for name, layer in attentions(model).items():
+        stack, cross = name.split("/")[0], kind_of(name) == "cross"
+        keys = "encoder" if cross else stack
+        facts = (table[ids[keys]] for table in (kinds[keys].special, kinds[keys].punctuation, kinds[keys].counts))
+        counted_BT = np.asarray(real[stack]) & ~kinds[stack].special[ids[stack]]
+        tokens = Tokens(*map(jnp.asarray, (ids[stack], ids[keys], counted_BT, *facts)))
+        roles[name], found = _found_in(layer.shape.head_to_group, cross, looking[name], tokens)
+        if found is not None:
+            shapes[name] = found
+    return roles, shapes
 
 
 @jax.jit
-def _jit_sums(
-    model: Model, batch: Batch, tables: dict[str, tuple[Array, Array, Array]]
-) -> tuple[dict[str, RoleSums], dict[str, tuple[Array, Array]]]:
-    real = real_queries(model, batch)
-    ids = {stack: batch[_tokens_of(batch, stack)] for stack in real}
+def queries_keys(model: Model, batch: Batch) -> tuple[dict[str, Array], dict[str, Looking]]:
+    """Real queries of each stack, and what makes the maps of each attention; these are small, the maps are not."""
+    found = watch(model, batch, lambda _, at: Looking(at.q_BTHK, at.k_BSGK, at.visibility))[1]
+    return real_queries(model, batch), found
 
-    def look(name: str, attended: Attended) -> tuple[RoleSums, tuple[Array, Array] | None]:
-        stack, cross = name.split("/")[0], kind_of(name) == "cross"
-        keys = "encoder" if cross else stack
-        special, punctuation, counts = (table[ids[keys]] for table in tables[keys])
-        counted_BT = real[stack] & ~tables[stack][0][ids[stack]]
-        tokens = Tokens(ids[stack], ids[keys], counted_BT, special, punctuation, counts)
-        weights, visible = maps_of(attended)
-        sums = role_sums(weights, visible, tokens, cross)
-        if cross:
-            return sums, None
-        even = visible / jnp.maximum(visible.sum(axis=3, keepdims=True), 1)
-        shapes = tuple(map_shapes(w, visible, counted_BT, special) for w in (weights, even))
-        return sums, (shapes[0], jnp.broadcast_to(shapes[1], shapes[0].shape))
 
-    found = watch(model, batch, look)[1]
-    return {name: sums for name, (sums, _) in found.items()}, {
-        name: shapes for name, (_, shapes) in found.items() if shapes is not None
-    }
+def maps_of(looking: Looking, groups: tuple[int, ...] | None) -> tuple[Array, Array]:
+    """The weights of an attention at work, [B, H, T, S], and which keys are visible, [B, 1 or H, T, S]."""
+    weights = attention_weights(looking.q_BTHK, looking.k_BSGK, looking.visibility, head_to_group=groups)
+    visible = looking.visibility.mask(looking.q_BTHK.shape[1], looking.k_BSGK.shape[1])
+    return weights, jnp.broadcast_to(visible, (len(weights), *visible.shape[1:]))
+
+
+# One program serves all layers of a shape: compiled together they would take as many times as long as there are layers.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _found_in(
+    groups: tuple[int, ...] | None, cross: bool, looking: Looking, tokens: Tokens
+) -> tuple[RoleSums, tuple[Array, Array] | None]:
+    weights, visible = maps_of(looking, groups)
+    sums = role_sums(weights, visible, tokens, cross)
+    if cross:
+        return sums, None
+    even = visible / jnp.maximum(visible.sum(axis=3, keepdims=True), 1)
+    own, flat = (map_shapes(w, visible, tokens.counted_BT, tokens.special_BS) for w in (weights, even))
+    return sums, (own, jnp.broadcast_to(flat, own.shape))
 
 
 def _tokens_of(batch: Batch, stack: str) -> str:
     return {"encoder": "source", "decoder": "target_inputs"}[stack] if "source" in batch else "inputs"
-
-
-def maps_of(attended: Attended) -> tuple[Array, Array]:
-    """The weights of an attention at work, [B, H, T, S], and which keys are visible, [B, 1 or H, T, S]."""
-    layer, q_BTHK, k_BSGK, _, visibility, _ = attended
-    weights = attention_weights(q_BTHK, k_BSGK, visibility, head_to_group=layer.shape.head_to_group)
-    visible = visibility.mask(q_BTHK.shape[1], k_BSGK.shape[1])
-    return weights, jnp.broadcast_to(visible, (len(weights), *visible.shape[1:]))
 
 
 def repeated_tokens(task: str, kinds: Mapping[str, TokenKinds], rows: int, length: int, seed: int = 0) -> Batch:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,9 +12,9 @@ from jaxtyping import Array
 from mha_jax.data.conllu import Sentence
 from mha_jax.data.tokenizers import Tokenizer
 from mha_jax.data.words import WordRows, word_rows
-from mha_jax.heads.capture import Attended, attentions, kind_of, watch
+from mha_jax.heads.capture import attentions, kind_of
 from mha_jax.heads.coreference import Text, texts
-from mha_jax.heads.reading import maps_of
+from mha_jax.heads.reading import Looking, maps_of, queries_keys
 from mha_jax.heads.word_maps import to_words
 from mha_jax.models.transformer import Model
 
@@ -35,27 +35,27 @@ def word_maps(model: Model, rows: WordRows) -> Iterator[WordMaps]:
     In translation that is the encoder. Words beyond a sentence's last have no attention.
     """
     names = [name for name in attentions(model) if kind_of(name) == ("encoder" if rows.task != "lm" else "decoder")]
-    heads = sum(attentions(model)[name].shape.num_heads for name in names)
+    shapes = {name: layer.shape for name, layer in attentions(model).items()}
+    groups = {name: shapes[name].head_to_group for name in names}
+    heads = sum(shapes[name].num_heads for name in names)
     words = max(len(sentence.words) for sentence in rows.sentences)
     for part in rows.by_length():
         at_once = max(1, min(64, _MAP_FLOATS // max(heads * part.length**2, 1)))
         for batch in part.batches(at_once):
             # Sentences of few pieces have few words; a bound by pieces keeps one program a length.
             most = min(words, part.length)
-            weights, visible = jax.device_get(_word_maps(tuple(names), most, model, batch.batch, batch.words))
-            yield WordMaps(batch.sentences, weights, visible)
+            _, looking = queries_keys(model, batch.batch)
+            maps = {name: _words_in(groups[name], most, looking[name], batch.words) for name in names}
+            weights, visible = zip(*jax.device_get(list(maps.values())), strict=True)
+            yield WordMaps(batch.sentences, dict(zip(names, weights, strict=True)), visible[0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _word_maps(names: tuple[str, ...], words: int, model: Model, batch: Any, words_BT: Array) -> Any:
-    def look(_: str, attended: Attended) -> tuple[Array, Array]:
-        weights, visible = maps_of(attended)
-        seen = to_words(visible[:, :1].astype(weights.dtype), words_BT, words)
-        return to_words(weights, words_BT, words), seen[:, 0] > 0
-
-    found = watch(model, batch, look, names)[1]
-    first = next(iter(found.values()))[1]
-    return {name: weights for name, (weights, _) in found.items()}, first
+def _words_in(groups: tuple[int, ...] | None, words: int, looking: Looking, words_BT: Array) -> tuple[Array, Array]:
+    """Attention between words [B, H, W, W], and which see each other [B, W, W]."""
+    weights, visible = maps_of(looking, groups)
+    seen = to_words(visible[:, :1].astype(weights.dtype), words_BT, words)
+    return to_words(weights, words_BT, words), seen[:, 0] > 0
 
 
 def text_rows(
