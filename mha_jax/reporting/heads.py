@@ -24,7 +24,8 @@ _SECTIONS = (
     ("relations", "Which dependencies heads find",
      "Shows heads that know syntax: points to the right of the best fixed offset. Heads and offsets were chosen on "
      "other sentences than those that score them."),
-    ("coreference", "Which heads find antecedents", ""),
+    ("coreference", "Which heads find antecedents",
+     "Shows heads by which a pronoun or a name looks back at who is meant; coreference.csv has every kind of mention."),
     ("maps", "Where heads look in a text",
      "maps.html shows the attention of every head in single texts, token by token, and what the heads of a layer do "
      "together; the folder maps has the same as pictures."),
