@@ -12,6 +12,7 @@ from flax import nnx
 from mha_jax.attention import Causal, MultiHeadAttention, Padding, Segments
 from mha_jax.attention.statistics import HeadStatistics
 from mha_jax.heads import HeadSums, attention_maps, attentions, head_statistics, watch
+from mha_jax.heads.tensors import WHATS, capture
 from mha_jax.models import build_model
 from mha_jax.specs import UserError
 from tests import tiny
@@ -94,7 +95,8 @@ def seen(request):
 
     def look(model, batch):
         output, _ = watch(model, batch, lambda name, attended: None)
-        return {"output": output, "statistics": head_statistics(model, batch), "maps": attention_maps(model, batch)}
+        found = {"statistics": head_statistics(model, batch), "maps": attention_maps(model, batch)}
+        return found | {"output": output, "tensors": capture(model, batch, WHATS)}
 
     model, batch = make_model(request.param), BATCHES[request.param]
     return request.param, model, batch, jax.jit(run)(model, batch), jax.jit(look)(model, batch)
@@ -103,6 +105,12 @@ def seen(request):
 def test_looking_does_not_change_the_output(seen):
     _, _, _, output, found = seen
     np.testing.assert_array_equal(found["output"], output)
+
+
+def test_weights_among_the_tensors_are_those_of_the_maps(seen):
+    found = seen[-1]
+    for name, tensors in found["tensors"].items():
+        np.testing.assert_allclose(tensors["weights"], found["maps"][name], atol=1e-6)
 
 
 def test_model_that_takes_its_weights_from_the_maps_gives_the_same_output(seen):

@@ -9,7 +9,7 @@ from mha_jax.heads import attention_maps, attentions
 from mha_jax.heads.capture import watch
 from mha_jax.heads.tensors import WHATS, capture
 from mha_jax.specs import UserError
-from tests.heads.test_capture import BATCHES, make_model
+from tests.heads.test_capture import BATCHES, make_abstract, make_model
 
 # float32, sums of some ten products of numbers near 1: a few roundings of 1e-7 each.
 ATOL = 1e-5
@@ -72,6 +72,25 @@ def test_what_does_not_exist_is_named(model, arguments, fault):
     arguments = {"layers": ["encoder/0/attention"], **arguments}
     with pytest.raises(UserError, match=fault):
         capture(model, BATCHES["translation"], **arguments)
+
+
+@pytest.mark.slow
+def test_one_head_of_a_long_text_takes_little_more_than_its_own_weights():
+    heads = {"model__num_layers": 12, "model__num_heads": 12, "model__num_kv_heads": 12, "model__max_length": 4096}
+    model, batch = make_abstract(**heads), {"inputs": jax.ShapeDtypeStruct((1, 4096), jnp.int32)}
+
+    def look(what):
+        def seen(model, batch):
+            found = {}
+            if what:
+                found = capture(model, batch, what, layers=["decoder/5/attention"], heads=[3])
+            return watch(model, batch, lambda name, attended: None, [])[0], found
+
+        used = jax.jit(seen).lower(model, batch).compile().memory_analysis()
+        return used.temp_size_in_bytes + used.output_size_in_bytes
+
+    extra = look(("weights",)) - look(())
+    assert 2**26 <= extra < 200e6  # the weights are 64 MiB
 
 
 def test_a_long_map_is_that_of_its_rows():
