@@ -83,9 +83,6 @@ def _treebanks(opened: "OpenedRun", values: flags.FlagValues) -> "dict[str, Word
     from mha_jax.data.words import word_rows
 
     length = min(opened.run.data.length, opened.run.model.max_length)
-    return {
-        values[name].value: word_rows(
-            conllu.read(values[name].value, values.max_sentences), opened.data.tokenizer, opened.run.task, length
-        )
-        for name in _FILES
-    }
+    paths = [str(values[name].value) for name in _FILES]
+    tokenizer, task = opened.data.tokenizer, opened.run.task
+    return {path: word_rows(conllu.read(path, values.max_sentences), tokenizer, task, length) for path in paths}

@@ -190,13 +190,14 @@ def probe_all(task: str, train: WordFeatures, dev: WordFeatures, test: WordFeatu
     for names in _same_width(train.heads):
         joined = [np.concatenate([one.heads[name] for name in names], axis=1) for one in files]
         parts = [split(*each) for each in zip(files, joined, labels, strict=True)]
-        scores, counts = probe(*parts, len(classes), mdl), [train.heads[name].shape[1] for name in names]
+        scores = probe(parts[0], parts[1], parts[2], len(classes), mdl)
+        counts = [train.heads[name].shape[1] for name in names]
         found |= dict(zip(names, _parted(scores, counts), strict=True))
     parts = [split(one, one.embedding[:, None], own) for one, own in zip(files, labels, strict=True)]
-    counts = tuple(len(own.words) for own in labels)
-    return TaskFound(classes, counts, majority(labels[0], labels[2]), probe(*parts, len(classes), mdl), {
-        name: found[name] for name in train.heads
-    })  # fmt: skip
+    embedding = probe(parts[0], parts[1], parts[2], len(classes), mdl)
+    words = tuple(len(own.words) for own in labels)
+    heads = {name: found[name] for name in train.heads}
+    return TaskFound(classes, words, majority(labels[0], labels[2]), embedding, heads)
 
 
 def _same_width(heads: Mapping[str, np.ndarray]) -> list[list[str]]:

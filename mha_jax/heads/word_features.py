@@ -62,12 +62,12 @@ def probed(model: Model, task: str) -> tuple[str, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _means(names: Sequence[str], most: int, model: Model, batch: dict[str, Any], words_BT: Array) -> dict[str, Array]:
+def _means(names: Sequence[str], most: int, model: Any, batch: dict[str, Any], words_BT: Array) -> dict[str, Array]:
     owner_BTW = jax.nn.one_hot(words_BT, most)
     owner_BTW = owner_BTW / jnp.maximum(owner_BTW.sum(axis=1, keepdims=True), 1)
 
     def look(_: str, attended: Attended) -> Array:
-        layer, q, k, v, visibility, _ = attended
+        layer, q, k, v, visibility = attended[:5]
         return jnp.einsum("btw,bthv->bwhv", owner_BTW, layer.attended(q, k, v, visibility).astype(jnp.float32))
 
     found = watch(model, batch, look, names)[1]
