@@ -1,0 +1,39 @@
+"""The verb `atlas` from a trained run to its page, and what it refuses."""
+
+import pytest
+from etils import epath
+
+from experiments import heads
+from mha_jax.sweeps.store import RunDirectory, write_json
+from tests.training.test_loop import text_config, train
+
+
+@pytest.mark.slow
+def test_atlas_of_a_trained_run_has_its_heads_and_what_other_verbs_found(script, tmp_path):
+    config = text_config(tmp_path, data__validation_fraction=0.3, data__data_dir=str(tmp_path / "cache"))
+    run = RunDirectory.create(epath.Path(tmp_path / "runs" / "tiny"), config)
+    assert train(tmp_path, "runs/tiny", config)[0] == "done"
+    count = run.config["model"]["num_heads"]
+    own = {"heads": count, "role": ["induction"] * count, "roles": [["induction"]] * count}
+    one = {"attentions": {"decoder/0/attention": own}, "relations": [], "coreference": []}
+    write_json(run.path / "heads" / "roles.json", {"seeds": {"0": one}, "seed_counts": {}})
+    ended = script(heads.main, "atlas", f"--run={run.path}", "--text=a text")
+    assert ended.code == 0, ended.err
+    page = (run.path / "heads" / "atlas.html").read_text()
+    assert page.count("<b>induction</b>") == count and "seed 0 · maps of text" in page and "nats" in page
+    assert (run.path / "heads" / "atlas.svg").exists() and (run.path / "heads" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--run is missing"),
+        (("--run=DIR", "--examples=0,1"), "--examples=0,1 are 2; an atlas shows one text"),
+        (("--run=DIR", "--batches=0"), "flag --batches=0"),
+        (("--run=DIR",), "DIR is no run directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(script, tmp_path, arguments, message):
+    given = [argument.replace("DIR", str(tmp_path / "DIR")) for argument in arguments]
+    assert message in script(heads.main, "atlas", *given).complaint
+    assert not (tmp_path / "DIR").exists()
