@@ -3,6 +3,9 @@
 On the page a weight w is the whole number u = round(levels * sqrt(w / top)), top being the greatest weight of its map:
 16 bits up to 256 x 256, and 8 bits (off by at most 0.4 % of top) beyond. A map lies there in square blocks, which the
 page decodes when they come into view; a long one also pooled, to show where to look.
+
+Treescope, which comes with Flax, draws an array with names along its axes, but offers no choice among heads, no lines
+between tokens and no long map in blocks.
 """
 
 import base64
