@@ -50,7 +50,7 @@ _SECTIONS = (
      "Shows heads that could stand in for each other: dark squares off the diagonal. Every pair within a kind of "
      "attention is compared; heads (layer.number) stand in the order of the tree above, which joins them by average "
      "linkage; merges within the dotted cut are blue."),
-    ("capture", "Tensors of heads", "Logits, weights and outputs of chosen heads in single texts, as arrays for numpy."),
+    ("capture", "Tensors of heads", "Logits, weights and outputs of chosen heads in single texts, for numpy."),
 )  # fmt: skip
 
 
