@@ -182,14 +182,16 @@ def campaign(sweep: Sweep, setting: Setting) -> list[dict[str, Any]]:
     kills = []
     sweep.start()
     while len(kills) < setting.kills:
-        victim = moments.choice((DRIVER, CELL, CELL, ALL))
+        over = len(sweep.finished) == setting.cells  # then there are only drivers, which find nothing to do
+        victim = moments.choice((DRIVER, ALL) if over else (DRIVER, CELL, CELL, ALL))
         # A third strikes at any moment, mostly while something starts or compiles; the others while steps are trained.
-        anywhere, delay = moments.random() < 0.33, moments.uniform(0, 3)
+        anywhere, delay = over or moments.random() < 0.33, moments.uniform(0, 3)
         if not anywhere:
             _await_training(sweep)
         time.sleep(2 * delay if anywhere else delay)
-        if (hit := _strike(sweep, victim, moments)) is not None:
-            sweep.look()
+        hit = _strike(sweep, victim, moments)
+        sweep.look()
+        if hit is not None:
             kills.append({"victim": victim, "cells_done": len(sweep.finished), **hit})
         if sweep.ended() is not None:
             sweep.start()
