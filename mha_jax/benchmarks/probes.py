@@ -56,7 +56,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     Raises:  UserError where scikit-learn is not there.
     """
     try:
-        from sklearn.linear_model import LogisticRegression
+        from sklearn.linear_model import LogisticRegression  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("bench probes needs scikit-learn: pip install -r requirements-bench.txt") from None
     x_HNV, label_N = features(setting)
