@@ -37,6 +37,8 @@ from mha_jax.data import Share, load
 from mha_jax.training import hosts, loop
 from mha_jax.training.devices import use_cores
 
+pytestmark = pytest.mark.xdist_group("hosts")
+
 hosts.enrol(hosts.inherited())
 use_cores(configs.resolve(json.load(open(sys.argv[1] + "/config.json"))))
 hosts.join(epath.Path(sys.argv[1]), lambda line, code: None, lambda: False)

@@ -25,6 +25,8 @@ DRIVER = """
 import sys
 from mha_jax.sweeps.executors import ray
 from mha_jax.sweeps.store import RunDirectory
+
+pytestmark = pytest.mark.xdist_group("ray")
 address, paths, command = sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",")
 ray.connect(address, {"CPU": 1.0})
 sys.exit(ray.run([[RunDirectory(path)] for path in paths], needs={"CPU": 1.0}, command=command, say=print))
@@ -184,24 +186,25 @@ def drive(cluster, cell_command):
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.slow
 def test_sigterm_to_the_driver_saves_the_state_and_its_death_ends_the_cells(cells, drive):
-    (directory,) = cells("slow")
+    (directory,) = cells("slower")
     driver = drive(directory)
     wait_for(lambda: step(directory) >= 1)
     driver.send_signal(signal.SIGTERM)
-    assert driver.wait(20) == Exit.STOPPED, driver.communicate()[0]
+    assert driver.wait(40) == Exit.STOPPED, driver.communicate()[0]
     reached = step(directory)
-    assert directory.state == "stopped" and trace(directory) == ["slow from 0"]
+    assert directory.state == "stopped" and trace(directory) == ["slower from 0"]
     second = drive(directory)
     wait_for(lambda: step(directory) > reached)
     second.kill()
-    wait_for(lambda: not directory.locked, seconds=20)
+    wait_for(lambda: not directory.locked, seconds=40)
     third = drive(directory)
-    assert third.wait(30) == Exit.DONE, third.communicate()[0]
+    assert third.wait(60) == Exit.DONE, third.communicate()[0]
     starts = [int(line.split()[-1]) for line in trace(directory)]
     assert starts[:2] == [0, reached] and len(starts) == 3 and starts[2] > reached
 
