@@ -23,6 +23,8 @@ from mha_jax.training.checkpoints import Checkpoints
 from mha_jax.training.metrics import MetricsLog, read_metrics
 from tests import tiny
 
+pytestmark = pytest.mark.xdist_group("hosts")  # their one fixture takes two minutes
+
 TIMINGS = {"step_seconds", "tokens_per_second", "compile_seconds", "peak_bytes"}
 DROPOUT = {"model__dropout_rate": 0.2, "model__attention_dropout_rate": 0.3}
 STEPS = 50
@@ -36,8 +38,6 @@ from mha_jax import config as configs
 from mha_jax.data import Share, load
 from mha_jax.training import hosts, loop
 from mha_jax.training.devices import use_cores
-
-pytestmark = pytest.mark.xdist_group("hosts")
 
 hosts.enrol(hosts.inherited())
 use_cores(configs.resolve(json.load(open(sys.argv[1] + "/config.json"))))

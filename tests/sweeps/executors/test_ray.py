@@ -21,12 +21,12 @@ from tests import tiny
 from tests.end_to_end.test_sweep import rows
 from tests.sweeps.executors.test_local import step, trace, wait_for
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 DRIVER = """
 import sys
 from mha_jax.sweeps.executors import ray
 from mha_jax.sweeps.store import RunDirectory
-
-pytestmark = pytest.mark.xdist_group("ray")
 address, paths, command = sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",")
 ray.connect(address, {"CPU": 1.0})
 sys.exit(ray.run([[RunDirectory(path)] for path in paths], needs={"CPU": 1.0}, command=command, say=print))
@@ -246,8 +246,10 @@ def test_a_node_that_dies_changes_no_result(connected, tmp_path):
         raylet = node.all_processes["raylet"][0].process.pid
         wait_for(lambda: trainer(raylet) is not None, seconds=120)
         victim = trainer(raylet)
+        # All at once, as a machine goes: first who could still tell that the cell has died.
+        for process in (ancestors(victim)[0], victim):
+            os.kill(process, signal.SIGKILL)
         connected.remove_node(node, allow_graceful=False)
-        os.kill(victim, signal.SIGKILL)
 
     def trainer(raylet):
         """The process below this one that has trained 20 steps of a run."""
