@@ -12,8 +12,6 @@ from mha_jax.sweeps.opening import open_run
 from mha_jax.sweeps.store import RunDirectory
 from tests.end_to_end.conftest import _CACHE_SETTINGS
 
-pytestmark = pytest.mark.xdist_group("surgery")
-
 FLAGS = {
     "model.num_heads": 4, "model.num_kv_heads": 2, "model.num_layers": 2, "training.steps": 4, "training.eval_every": 4,
     "training.checkpoint_every": 2, "training.average_last": 2, "data.max_examples": 60,

@@ -10,8 +10,6 @@ from experiments import heads
 from mha_jax.sweeps.store import RunDirectory
 from tests.training.test_loop import text_config, train
 
-pytestmark = pytest.mark.xdist_group("redundancy")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -23,8 +23,6 @@ from mha_jax.training.checkpoints import Checkpoints
 from mha_jax.training.metrics import MetricsLog, read_metrics
 from tests import tiny
 
-pytestmark = pytest.mark.xdist_group("hosts")  # their one fixture takes two minutes
-
 TIMINGS = {"step_seconds", "tokens_per_second", "compile_seconds", "peak_bytes"}
 DROPOUT = {"model__dropout_rate": 0.2, "model__attention_dropout_rate": 0.3}
 STEPS = 50

@@ -19,8 +19,6 @@ from mha_jax.training.metrics import read_metrics
 from mha_jax.training.step import init_state
 from tests import tiny
 
-pytestmark = pytest.mark.xdist_group("masked_lm")
-
 COLOURS, ANIMALS, PLACES = ("red", "old", "big"), ("cat", "dog", "hen"), ("mat", "hat", "bat")
 LINES = [f"the {a} {b} sat on the {c}" for a in COLOURS for b in ANIMALS for c in PLACES]
 # As BERT: norms after residuals and over embeddings, erf gelu, biases, learned positions.

@@ -10,8 +10,6 @@ from mha_jax.sweeps.compile_cache import compile_cache
 from mha_jax.training import loop
 from tests.training.test_loop import assert_same, result, text_config
 
-pytestmark = pytest.mark.xdist_group("packs")
-
 SHORT = {
     "training__steps": 6, "training__eval_every": 3, "training__checkpoint_every": 4, "training__log_every": 2,
     "model__num_layers": 1,

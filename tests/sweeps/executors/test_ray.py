@@ -21,8 +21,6 @@ from tests import tiny
 from tests.end_to_end.test_sweep import rows
 from tests.sweeps.executors.test_local import step, trace, wait_for
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 DRIVER = """
 import sys
 from mha_jax.sweeps.executors import ray
