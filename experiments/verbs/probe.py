@@ -74,7 +74,7 @@ def _study(values: flags.FlagValues) -> None:
     for path, rows in files.items():
         if rows.left_out:
             print(f"{path}: {len(rows.left_out)} sentences are longer than {rows.length} pieces and are left out")
-    print("\n".join(reporting.lines(told)))
+    print("\n".join(formats.aligned(reporting.tables(told))))
     print(f"page: {write_page(opened.directory.path)}")
 
 

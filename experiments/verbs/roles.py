@@ -90,7 +90,7 @@ def _study(values: flags.FlagValues) -> None:
         if names:
             print(f"{file}: {len(names)} sentences have more than {sentences.length} pieces and are left out: "
                   + ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""))  # fmt: skip
-    print("\n".join(reporting.lines(told)))
+    print("\n".join(formats.aligned(reporting.tables(told))))
     print(f"page: {write_page(opened.directory.path)}")
 
 

@@ -1,9 +1,9 @@
-"""A table as Markdown, CSV and LaTeX. Each carries its caption, so that none travels without its provenance."""
+"""A table as Markdown, CSV, LaTeX and lines. Files carry its caption, so that none travels without its provenance."""
 
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mha_jax.reporting.claims import Verdict
@@ -94,3 +94,13 @@ def latex(table: Table, caption: list[tuple[str, str]]) -> str:
             "",
         ]
     )
+
+
+def aligned(tables: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines for a terminal of tables {"caption", "columns", "rows"} of strings, their columns aligned."""
+    for table in tables:
+        body = [table["columns"], *table["rows"]]
+        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+        yield table["caption"]
+        yield from ("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in body)
+        yield ""

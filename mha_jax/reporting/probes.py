@@ -101,16 +101,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """What the terminal shows of a record: its tables, columns aligned."""
-    for table in tables(told):
-        body = [table["columns"], *table["rows"]]
-        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-        yield table["caption"]
-        yield from ("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in body)
-        yield ""
-
-
 def draw(told: Mapping[str, Any], foot: str, directory: epath.Path) -> None:
     """Writes probes.svg and .png of the first seed, probes-seedN of the others: accuracy and selectivity by layer and
     head, a row of panels a task."""

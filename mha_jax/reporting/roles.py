@@ -197,16 +197,6 @@ def _percent(one: Mapping[str, float | None], sign: bool = False) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """What the terminal shows of a record: its tables, columns aligned."""
-    for table in tables(told):
-        body = [table["columns"], *table["rows"]]
-        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-        yield table["caption"]
-        yield from ("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in body)
-        yield ""
-
-
 def draw(told: Mapping[str, Any], foot: str, directory: epath.Path) -> None:
     """Writes roles.svg/.png, and relations.svg/.png where a treebank was read."""
     seeds = {seed: one["attentions"] for seed, one in told["seeds"].items()}

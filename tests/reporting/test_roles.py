@@ -13,8 +13,9 @@ from mha_jax.heads.relations import Relation
 from mha_jax.heads.roles import RoleTable, Thresholds
 from mha_jax.heads.shapes import SHAPES
 from mha_jax.heads.similarity import Head
+from mha_jax.reporting.formats import aligned
 from mha_jax.reporting.heads import write_page
-from mha_jax.reporting.roles import SeedFound, draw, flat_rows, lines, record, rows
+from mha_jax.reporting.roles import SeedFound, draw, flat_rows, record, rows, tables
 from mha_jax.sweeps.store import write_json
 
 NAME = "encoder/0/attention"
@@ -71,7 +72,7 @@ def test_rows_have_a_line_a_head_and_a_relation(told):
 
 
 def test_lines_tell_the_best_direction_with_its_interval(told):
-    text = "\n".join(lines(told))
+    text = "\n".join(aligned(tables(told)))
     row = next(line for line in text.split("\n") if line.startswith("det"))
     assert row.split()[:5] == ["det", "40", "2", "dependent", f"{NAME}:2"]
     assert "50.0 (45.0 to 55.0)" in row and "+20.0 (+15.0 to +25.0)" in row
