@@ -9,7 +9,7 @@ Decides:     validation/loss beside what `experiments.heads roles`, `probe`, `im
   --config=configs/roles.py:multi30k   a translator, English to German: encoder, decoder and cross-attention.
                                        About 25 minutes on two CPU cores.
   --config=configs/roles.py:masked     a masked language model whose heads are held against a treebank.
-                                       About 20 minutes on two CPU cores.
+                                       About an hour on two CPU cores.
 
 Multi30k: see configs/vaswani2017_table3.py. Text for `masked`: sentences of the English Web Treebank (Universal
 Dependencies 2.16), and the English captions of Multi30k behind those of training, one a line:
@@ -51,7 +51,7 @@ def get_config(profile: str = "multi30k") -> ConfigDict:
         config.data.update(tokenizer="bpe", vocab_size=2000, length=32, batch_size=64)
         # For the first thousand steps a masked model knows little but how often each token comes; 3e-3 stays there.
         config.optimizer.update(learning_rate=1e-3, warmup_steps=400)
-        config.training.update(steps=4000, eval_every=500, checkpoint_every=500, log_every=50)
+        config.training.update(steps=3000, eval_every=500, checkpoint_every=500, log_every=50)
     else:
         raise UserError(f"unknown profile {profile!r} of configs/roles.py; known are 'multi30k' and 'masked'")
     return config.lock()
