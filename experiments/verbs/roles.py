@@ -2,7 +2,9 @@
 
 Roles: where a head looks (previous, next, same, first, rare token, sink, separator, duplicate token, induction; aligned
 for cross-attention) and how (broad, narrow, long), each with its 95 % interval over examples of a split and the chance
-level of even attention; induction also on random tokens that repeat; the shapes of its maps.
+level of even attention; induction also on random tokens that repeat; the shapes of its maps. --positional is the share
+from which on a head is previous, next, same or first: 0.9 (Voita et al. 2019), or 0.5, from which Clark et al. 2019
+count heads.
 With --treebank: for each dependency relation the best head against the best fixed offset, chosen on --treebank and
 scored on --treebank_test (without it: chosen on every other sentence, scored on the rest).
 With --coreference: how often a head finds antecedents, from CoNLL-U files with Entity= in MISC, or from lines
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_integer("seed", None, "A seed of the run; default: all.", flag_values=values)
     flags.DEFINE_string("split", "validation", "Split whose texts are read.", flag_values=values)
     flags.DEFINE_integer("max_examples", 2000, "Examples, and sentences of each file, at most.", 1, flag_values=values)
+    flags.DEFINE_float("positional", 0.9, "From which share on a role is positional.", 0, 1, flag_values=values)
     flags.DEFINE_string("treebank", None, "CoNLL-U file that chooses heads for relations.", flag_values=values)
     flags.DEFINE_string("treebank_test", None, "CoNLL-U file that scores them.", flag_values=values)
     flags.DEFINE_string("coreference", None, "CoNLL-U file with Entity=, or lines of mentions.", flag_values=values)
@@ -78,7 +81,7 @@ def _study(values: flags.FlagValues) -> None:
 
     facts = {"run": opened.directory.run_id, "step": opened.step, "split": values.split}
     facts |= {name: values[name].value for name in ("treebank", "treebank_test", "coreference")}
-    told = reporting.record(found, Thresholds(), facts | {"left_out": sentences.left_out})
+    told = reporting.record(found, Thresholds(positional=values.positional), facts | {"left_out": sentences.left_out})
     directory = opened.directory.path / "heads"
     write_json(directory / "roles.json", told)
     (directory / "roles.csv").write_text(formats.rows_as_csv(reporting.rows(told)))

@@ -131,16 +131,30 @@ class RoleTable:
         heads = len(next(iter(self.mean.values())))
         return [self._one({role for role, has in held.items() if has[head]}, head) for head in range(heads)]
 
+    def nearest(self) -> tuple[list[str | None], np.ndarray]:
+        """The role of where each head looks that is most above chance, held or not, and how far above it is, [H].
+
+        How far is (score - chance) / (1 - chance): 0 at chance, 1 for a head that does nothing else. Where no interval
+        is above chance it is 0, and the role None.
+        """
+        names = [name for name in self.mean if name not in GENERAL]
+        above_RH = np.stack([np.where(self.low[n] > self.chance[n], self._above(n), 0) for n in names])
+        most_H = above_RH.max(axis=0)
+        roles = ["induction" if names[r] == REPEATED else names[r] for r in above_RH.argmax(axis=0)]
+        return [role if most > 0 else None for role, most in zip(roles, most_H, strict=True)], most_H
+
     def _one(self, held: set[str], head: int) -> str | None:
         special = sorted(held - {*GENERAL})
         if special:
-            return max(special, key=lambda role: self._above(role, head))
+            return max(special, key=lambda role: self._most_above(role, head))
         return next((role for role in GENERAL if role in held), None)
 
-    def _above(self, role: str, head: int) -> float:
+    def _most_above(self, role: str, head: int) -> float:
         names = ("induction", REPEATED) if role == "induction" and REPEATED in self.mean else (role,)
-        above = [(self.mean[n][head] - self.chance[n][head]) / max(1 - self.chance[n][head], 1e-9) for n in names]
-        return float(np.nanmax(above))
+        return float(np.nanmax([self._above(name)[head] for name in names]))
+
+    def _above(self, name: str) -> np.ndarray:
+        return (self.mean[name] - self.chance[name]) / np.maximum(1 - self.chance[name], 1e-9)
 
 
 def role_sums(

@@ -64,6 +64,8 @@ def cells(
         role = (own["role"][one.head] or NO_ROLE) if own else ""
         held = tuple(own["roles"][one.head]) if own else ()
         facts = [("entropy", f"{entropies[one.attention][one.head]:.2f} nats")]
+        if own and own.get("nearest") and own["nearest"][one.head]:
+            facts.append(("nearest role", f"{own['nearest'][one.head]}, {own['strength'][one.head]:.2f} above chance"))
         facts += _cost(measures.get("leave_one_out"), one.attention, one.head)
         facts += _importance(measures.get("gradient_normalised"), one.attention, one.head)
         made.append(Cell(one, role, held, tuple(facts)))

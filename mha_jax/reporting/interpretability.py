@@ -39,6 +39,10 @@ MEASURES = {
     "role_entropy": Measure(
         "role entropy (nats)", 2, "Shannon entropy of the main roles of the heads that have one; 0 where none has"
     ),
+    "role_strength": Measure(
+        "role strength", 2, "how far above chance each head's most marked role of where it looks is, (score − chance) "
+        "/ (1 − chance), mean over heads; no threshold decides it"
+    ),
     "similarity": Measure(
         "similarity in a layer", 2, "of two heads of one attention (redundancy.json), mean over pairs and layers"
     ),
@@ -145,6 +149,9 @@ def _roles(told: Mapping[str, Any]) -> Numbers:
         yield seed, "heads_with_role", float(counts.sum())
         yield seed, "share_with_role", float(counts.sum() / max(len(roles), 1))
         yield seed, "role_entropy", float(-(shares * np.log(shares)).sum()) + 0.0
+        strengths = [x for own in one["attentions"].values() for x in own.get("strength", ())]
+        if strengths:
+            yield seed, "role_strength", float(np.mean(strengths))
 
 
 def _redundancy(told: Mapping[str, Any]) -> Numbers:

@@ -47,6 +47,8 @@ def record(found: Mapping[int, SeedFound], thresholds: Thresholds, facts: Mappin
       attentions   {ATTENTION: {"heads": H, "examples": N,
                    "scores": {ROLE: {"mean", "low", "high", "chance"}}: lists of H numbers, null where nothing counts,
                    "role": the dominant role of each head or null, "roles": all that each head has,
+                   "nearest": the role of where it looks that is most above chance, held or not, "strength": how far,
+                   from 0 to 1,
                    "shapes": {SHAPE: {"mean", "low", "high": lists of H shares of examples, "even": a share}} or null}}
                    A head that is "syntactic" is the best one of a relation, 10 points above the best offset.
       relations    [{"relation", "direction", "head": "encoder/0/attention:1", "searched", "accuracy", "offset",
@@ -90,7 +92,9 @@ def _attention(name: str, found: Found, thresholds: Thresholds, syntactic: set[s
             for i, shape in enumerate(SHAPES)
         }
     counts = {"heads": len(role), "examples": found.examples}
-    return {**counts, "scores": scores, "role": role, "roles": roles, "shapes": shapes}
+    nearest, strength = table.nearest()
+    found_roles = {"role": role, "roles": roles, "nearest": nearest, "strength": _numbers(strength)}
+    return {**counts, "scores": scores, **found_roles, "shapes": shapes}
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
@@ -123,6 +127,7 @@ def rows(told: Mapping[str, Any]) -> list[dict[str, Any]]:
             for head in range(own["heads"]):
                 row = {"run": told["run"], "seed": seed, "kind": kind_of(name), "layer": layer_of(name), "head": head}
                 row |= {"role": own["role"][head], "roles": " ".join(own["roles"][head])}
+                row |= {part: own[part][head] for part in ("nearest", "strength")}
                 for role, score in own["scores"].items():
                     row |= {f"{role} {part}".removesuffix(" mean"): x[head] for part, x in score.items()}
                 for shape, score in (own["shapes"] or {}).items():
@@ -163,6 +168,12 @@ def tables(told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         "rows": counts or [["–"] * (2 + len(seeds))],
     }
     first = told["seeds"][seeds[0]]
+    yield {
+        "caption": f"Seed {seeds[0]}: for each role the head whose score is most above chance, in percent, with its "
+        "95 % interval over examples. The best of many heads is above chance by its choice alone, though by little.",
+        "columns": ["role", "head", "score", "chance", "the role from"],
+        "rows": list(_best_of_roles(first["attentions"], told["thresholds"])),
+    }
     if first["relations"]:
         yield {
             "caption": f"Seed {seeds[0]}: for each relation the best of {first['relations'][0]['searched']} heads and "
@@ -182,6 +193,20 @@ def tables(told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 for row in first["coreference"]
             ],
         }  # fmt: skip
+
+
+def _best_of_roles(attentions: Mapping[str, Any], thresholds: Mapping[str, float]) -> Iterator[list[str]]:
+    for role in (role for role in COLOURS if role not in GENERAL):
+        scores = [
+            (f"{name}:{head}", {part: x[head] for part, x in own["scores"][role].items()})
+            for name, own in attentions.items()
+            for head in range(own["heads"] if role in own["scores"] else 0)
+        ]
+        scores = [(head, score) for head, score in scores if score["mean"] is not None]
+        if scores:
+            head, best = max(scores, key=lambda one: one[1]["mean"] - one[1]["chance"])
+            least = Thresholds(**thresholds).of(role)
+            yield [role, head, _percent(best), f"{100 * best['chance']:.1f}", f"{100 * least:.0f}"]
 
 
 def _relation_row(row: Mapping[str, Any]) -> list[str]:

@@ -68,6 +68,7 @@ def test_files_and_page_of_a_trained_run(trained, script):
         (("--run=DIR", "--treebank_test=x.conllu"), "--treebank_test scores what --treebank chooses: give both"),
         (("--run=DIR", "--coreference=x.tsv"), "--coreference=x.tsv names words of sentences: give those by"),
         (("--run=DIR", "--max_examples=0"), "flag --max_examples=0"),
+        (("--run=DIR", "--positional=90"), "flag --positional=90"),
         (("--run=DIR",), "DIR is no run directory"),
     ],
 )

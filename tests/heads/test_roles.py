@@ -93,6 +93,7 @@ def test_random_attention_is_at_chance_within_its_interval():
         inside = (found.low[role] <= found.chance[role]) & (found.chance[role] <= found.high[role])
         assert inside.mean() >= 0.8, role  # of 40 heads 38 are expected, with a standard deviation of 1.4
     assert set(found.dominant()) == {None}
+    assert found.nearest()[1].max() < 0.1  # the best of nine roles and 40 heads: some intervals lie above chance
 
 
 def test_a_head_that_does_it_four_times_in_five_is_found_with_that_score():
@@ -100,6 +101,10 @@ def test_a_head_that_does_it_four_times_in_five_is_found_with_that_score():
     found = table(at(np.maximum(places, 0)))
     assert found.low["previous"][0] < 0.8 < found.high["previous"][0]
     assert not found.held()["previous"][0] and found.held(Thresholds(positional=0.7))["previous"][0]
+    [nearest], [strength] = found.nearest()
+    score, chance = (part["previous"][0] for part in (found.mean, found.chance))
+    assert found.dominant()[0] == "narrow" and nearest == "previous"
+    assert strength == pytest.approx((score - chance) / (1 - chance))
 
 
 def test_rules_of_each_head_count_for_chance():
@@ -123,6 +128,9 @@ def test_induction_on_repeated_tokens_counts_as_induction():
     found = RoleTable(low, low, low, chance)
     assert found.held()["induction"].tolist() == [True, False] and REPEATED not in found.held()
     assert found.dominant() == ["previous", None]
+    one_third = RoleTable(low, {**low, "previous": chance["previous"]}, low, chance)
+    assert one_third.nearest()[0] == ["induction", "induction"]
+    np.testing.assert_allclose(one_third.nearest()[1], [0.85 / 0.95, 0.05 / 0.95])
 
 
 def test_joined_examples_are_those_that_count_up_to_a_limit():

@@ -16,7 +16,10 @@ from tests.browser import open_page
 from tests.reporting.test_report import Tags
 
 NAME = "encoder/0/attention"
-ROLES = {"seeds": {"3": {"attentions": {NAME: {"role": ["previous", None], "roles": [["previous", "narrow"], []]}}}}}
+OF_ROLES = {"role": ["previous", None], "roles": [["previous", "narrow"], []]}
+ROLES = {
+    "seeds": {"3": {"attentions": {NAME: OF_ROLES | {"nearest": ["previous", None], "strength": [0.951, 0]}}}},
+}
 WORTH = {
     "seeds": {
         "3": {
@@ -40,7 +43,11 @@ def two_heads():
 def test_heads_are_told_by_role_cost_importance_and_entropy_of_their_seed():
     first, second = cells(two_heads(), {NAME: [0.5, 1.0]}, 3, ROLES, WORTH)
     assert (first.role, first.roles) == ("previous", ("previous", "narrow"))
-    assert dict(first.facts) == {"entropy": "0.50 nats", "cost to cut": "+0.250 nats*", "importance": "0.90"}
+    assert dict(first.facts) == {
+        "entropy": "0.50 nats", "nearest role": "previous, 0.95 above chance", "cost to cut": "+0.250 nats*",
+        "importance": "0.90",
+    }  # fmt: skip
+    assert "nearest role" not in dict(second.facts)
     assert second.role == "no role" and dict(second.facts)["cost to cut"] == "−0.001 nats"
 
 

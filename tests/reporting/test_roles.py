@@ -52,6 +52,8 @@ def test_record_names_roles_and_what_is_syntactic(told):
     first, second = (told["seeds"][seed]["attentions"][NAME] for seed in "01")
     assert first["role"] == ["previous", "broad", "syntactic"] and second["role"] == [None, "broad", None]
     assert first["roles"] == [["previous"], ["broad"], ["syntactic"]]
+    assert first["nearest"] == ["previous", None, None] and second["nearest"] == ["previous", None, None]
+    assert second["strength"] == [pytest.approx(0.4 / 0.9, abs=1e-6), 0, 0]
     assert first["scores"]["previous"]["low"] == [0.94, 0.09, 0.09]
     assert first["scores"]["next"]["mean"] == [None] * 3
     assert first["shapes"]["diagonal"]["mean"] == [1, 1, 1] and first["shapes"]["heterogeneous"]["even"] == 1
@@ -63,6 +65,7 @@ def test_rows_have_a_line_a_head_and_a_relation(told):
     body = rows(told)
     assert len(body) == 6 and body[0]["previous"] == 0.95 and body[0]["previous chance"] == 0.1
     assert [row["role"] for row in body[:3]] == ["previous", "broad", "syntactic"]
+    assert [(row["nearest"], row["strength"]) for row in body[3:5]] == [("previous", 0.444444), (None, 0)]
     assert {f"share {shape}" for shape in SHAPES} <= body[0].keys()
     relations = flat_rows(told, "relations")
     assert [(row["seed"], row["direction"], row["gain"]) for row in relations] == [
@@ -77,6 +80,8 @@ def test_lines_tell_the_best_direction_with_its_interval(told):
     assert row.split()[:5] == ["det", "40", "2", "dependent", f"{NAME}:2"]
     assert "50.0 (45.0 to 55.0)" in row and "+20.0 (+15.0 to +25.0)" in row
     assert "nearest" in text and "How many of the 3 heads" in text
+    [row] = [line for line in text.split("\n") if line.startswith("previous")]
+    assert row.split() == ["previous", f"{NAME}:0", "95.0", "(94.0", "to", "96.0)", "10.0", "90"]
 
 
 def test_page_has_tables_and_pictures(make_sweep, told):
