@@ -54,6 +54,7 @@ def get_config(profile: str = "") -> ConfigDict:
     model.scale_embedding = True
     model.embedding_norm = False
     model.token_types = 0
+    model.tied_output = True
     model.pooling = "mean"
     model.dropout_rate = 0.0
     model.attention_dropout_rate = 0.0

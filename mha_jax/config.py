@@ -34,7 +34,8 @@ _SECTIONS = {
 # Where a run's files lie and how it is spread over devices do not change its result.
 _NOT_IN_HASH = ("data.data_dir", "parallel", "pack", "mesh.seed", "mesh.data", "mesh.head")
 # Fields younger than runs that are kept: at their defaults they are not in the hash, so that those runs keep their ids.
-_LATER = {f"model.{name}": getattr(ModelSpec, name) for name in ("embedding_norm", "token_types", "pooling")}
+_NEW_IN_MODEL = ("embedding_norm", "token_types", "pooling", "tied_output")
+_LATER = {f"model.{name}": getattr(ModelSpec, name) for name in _NEW_IN_MODEL}
 
 Spec = TypeVar("Spec")
 

@@ -86,12 +86,12 @@ def matched_d_ff(run: RunSpec) -> int:
 
 
 def parameters(run: RunSpec) -> int:
-    """Trained numbers in the model: tokens count once though they are read twice; gates where they are trained."""
+    """Trained numbers in the model: a tied table counts once though it is read twice; gates where they are trained."""
     model, d_model, stacks = run.model, run.model.d_model, _num_stacks(run)
     blocks = stacks * model.num_layers
     attentions = len(ATTENTION_KINDS[run.task]) * model.num_layers
     width = matched_d_ff(run)
-    total = run.data.tokens * d_model
+    total = run.data.tokens * d_model * (1 if model.tied_output else 2)
     total += model.token_types * d_model
     total += stacks * model.max_length * d_model if model.positions == "learned" else 0
     total += _all_attention(run, model, "params")

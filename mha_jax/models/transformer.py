@@ -23,7 +23,8 @@ class TokenTable(nnx.Module):
       x[b,t] = scale * (embedding[token[b,t]] + type_embedding[type[b,t]]),   logits[b,t,c] = <y[b,t], embedding[c]>
 
     The embeddings start normal with deviation D**-0.5: with scale = sqrt(D), x and the logits have unit variance. That
-    of types (the segments of Devlin et al. 2019, section 3) is there with `num_types`.
+    of types (the segments of Devlin et al. 2019, section 3) is there with `num_types`. Without `tied_output` the logits
+    are products with `output` [C, D], a table of its own.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class TokenTable(nnx.Module):
         d_model: int,
         scale: float,
         *,
+        tied_output: bool,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -46,6 +48,7 @@ class TokenTable(nnx.Module):
         self.embedding = table(key, num_tokens)
         # A key folded out of the same one: types do not shift what later layers draw.
         self.type_embedding = table(jax.random.fold_in(key, 1), num_types) if num_types else None
+        self.output = None if tied_output else table(jax.random.fold_in(key, 2), num_tokens)
 
     def embed(self, tokens_BT: Int[Array, "B T"], types_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """Vectors of tokens, in the compute dtype; a token whose type is not given has type 0.
@@ -62,7 +65,7 @@ class TokenTable(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
         """Scores of every token, accumulated and returned in the parameters' dtype."""
-        table_CD = self.embedding[...].astype(self.dtype)
+        table_CD = (self.embedding if self.output is None else self.output)[...].astype(self.dtype)
         rows = x_BTD.reshape(-1, self.d_model)
         logits = jnp.einsum("ND,CD->NC", rows, table_CD, preferred_element_type=self.param_dtype)
         return logits.reshape(*x_BTD.shape[:2], -1)
@@ -74,6 +77,7 @@ def _token_table(run: RunSpec, rngs: nnx.Rngs) -> TokenTable:
         run.model.token_types,
         run.model.d_model,
         embedding_scale(run.model),
+        tied_output=run.model.tied_output,
         dtype=jnp.dtype(run.model.dtype),
         param_dtype=param_dtype(run.model),
         rngs=rngs,

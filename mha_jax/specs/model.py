@@ -24,7 +24,9 @@ class ModelSpec:
     `use_bias` is of the attentions, `use_ff_bias` of the feed-forward layers. Tokens and learned positions enter times
     sqrt(d_model), or as their embedding is without `scale_embedding`; with `embedding_norm` their sum is normalized.
     `token_types`: so many more vectors, of which every token adds one (the segments of BERT), for tasks that only
-    encode. `pooling`: a classifier reads the "mean" over a text, or its "first" token through a layer of its own.
+    encode. `tied_output`: logits are products with the table that tokens are read from; else with one more, as most
+    Llamas have it. `pooling`: a classifier reads the "mean" over a text, or its "first" token through a layer of its
+    own.
     "gelu" is the approximation by tanh (GPT-2), "gelu_exact" the one by erf (BERT).
 
     `routing`: heads chosen by the token. `adaptive_span`: a learned span for each head of self-attention.
@@ -54,6 +56,7 @@ class ModelSpec:
     scale_embedding: bool = True
     embedding_norm: bool = False
     token_types: int = 0
+    tied_output: bool = True
     pooling: Literal["mean", "first"] = "mean"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0

@@ -103,6 +103,8 @@ class RunSpec:
                 f"model.token_types={self.model.token_types} is for task='masked_lm' or 'classification', "
                 f"not {self.task!r}"
             )
+        if not self.model.tied_output and self.task != "lm":
+            raise UserError(f"model.tied_output=False is for task='lm', not {self.task!r}")
         if self.parallel == "pmap" and (self.mesh.seed, self.mesh.head) != (1, 1):
             raise UserError(
                 f"parallel='pmap' splits data only; mesh.seed={self.mesh.seed} and "

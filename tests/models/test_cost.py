@@ -65,6 +65,12 @@ def test_parameters_of_bert_are_those_of_the_built_model(make_run, task, model):
     assert parameters(run) == count_built(run)
 
 
+def test_an_output_table_of_its_own_counts_once_more(make_run):
+    untied, tied = make_run("lm", tied_output=False), make_run("lm")
+    assert parameters(untied) == count_built(untied) == parameters(tied) + 260 * 11
+    assert flops_per_token(untied) == flops_per_token(tied)
+
+
 def test_a_masked_language_model_costs_its_head_more_than_a_language_model(make_run):
     # D=11, 260 tokens: a dense layer, a norm and a bias for each token
     masked, plain = make_run("masked_lm"), make_run("lm")

@@ -107,7 +107,12 @@ def gelu(x):
 GPT2 = {"use_bias": True, "scale_embedding": False, "norm_epsilon": 1e-5}
 
 
-@pytest.mark.parametrize(("fields", "scale"), [({}, np.sqrt(11)), (GPT2, 1.0)], ids=["plain", "gpt2"])
+UNTIED = GPT2 | {"tied_output": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"), [({}, np.sqrt(11)), (GPT2, 1.0), (UNTIED, 1.0)], ids=["plain", "gpt2", "untied"]
+)
 def test_pre_norm_language_model_written_out_in_numpy(make_run, fields, scale):
     model = with_noise(build(make_run("lm", positions="learned", norm="pre", activation="gelu", **fields)))
     table = np.asarray(model.tokens.embedding[...], np.float64)
@@ -117,7 +122,8 @@ def test_pre_norm_language_model_written_out_in_numpy(make_run, fields, scale):
         y = layer_norm(x, block.attention_norm)
         x = x + attention(block.attention, y, y, causal)
         x = x + feed_forward(layer_norm(x, block.feed_forward_norm), block.feed_forward, gelu)
-    expected = layer_norm(x, model.decoder.final_norm) @ table.T
+    out = table if fields.get("tied_output", True) else np.asarray(model.tokens.output[...], np.float64)
+    expected = layer_norm(x, model.decoder.final_norm) @ out.T
     np.testing.assert_allclose(call(model, TOKENS), expected, atol=1e-4)
 
 
