@@ -29,7 +29,7 @@ class PieceTokenizer:
     """
 
     name = "llama2c"
-    start, end, mask, opens = BOS, BOS, None, False
+    start, end, mask, opens, spaced = BOS, BOS, None, False, True
     specials = frozenset(range(_FIRST_BYTE))
 
     def __init__(self, path: epath.Path, vocab_size: int):

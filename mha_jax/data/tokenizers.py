@@ -7,7 +7,7 @@ is ordinary text.
 All have `encode(texts)`: the int32 ids of each, special tokens not added; and `decode(ids)`: their text, where special
 tokens say nothing and bytes that are no UTF-8 become U+FFFD. `start` begins a stream of texts, `end` follows each text,
 `mask` stands for one that is hidden (None where there is no such token); `specials` are the tokens that are no text;
-`opens` says whether a text that is classified begins with `start`.
+`opens` says whether a text that is classified begins with `start`, `spaced` whether `encode` puts a space before it.
 `path` is the file that holds a tokenizer which is more than a rule.
 """
 
@@ -29,7 +29,7 @@ class ByteTokenizer:
 
     name = "bytes"
     vocab_size = BYTE_VOCAB_SIZE
-    start, end, mask, opens = BOS, EOS, MASK, False
+    start, end, mask, opens, spaced = BOS, EOS, MASK, False, False
     specials = frozenset(range(_OFFSET))
     path = None
 
@@ -44,7 +44,7 @@ class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in Radford et al. 2019): no text is unknown."""
 
     name = "bpe"
-    start, end, mask, opens = BOS, EOS, MASK, False
+    start, end, mask, opens, spaced = BOS, EOS, MASK, False, False
     specials = frozenset(range(_OFFSET))
 
     def __init__(self, path: epath.Path):

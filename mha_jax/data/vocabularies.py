@@ -18,6 +18,7 @@ from mha_jax.specs import UserError
 _ENDS = ("[SEP]", "</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")
 _STARTS = ("[CLS]", "<s>", "<|endoftext|>", "<bos>", "<|begin_of_text|>")
 _MASKS = ("[MASK]", "<mask>")
+_SPACES = ("▁", "Ġ")  # how SentencePiece and byte-level encoding write a space in a piece
 _GPT2_END = "<|endoftext|>"
 
 
@@ -26,7 +27,8 @@ class FileTokenizer:
 
     Where the file puts tokens before and behind a text ([CLS] and [SEP]), these are `start` and `end`; else they are
     found by their usual names, and a text that nothing starts is started by the end of the one before it. `opens` says
-    whether the file puts its start before every text.
+    whether the file puts its start before every text, `spaced` whether it begins a text with a space of its own, as
+    SentencePiece does.
 
     Raises: UserError for a number of tokens other than `vocab_size`, and for a file without a token that ends texts.
     """
@@ -58,6 +60,8 @@ class FileTokenizer:
         self.start: int = end if start is None else start
         self.end: int = end
         self.mask: int | None = _named(names, _MASKS)
+        (first, *_) = self._backend.encode("a", add_special_tokens=False).tokens or [""]
+        self.spaced = first.startswith(_SPACES)
 
     def _around(self) -> tuple[int | None, int | None]:
         """What the file puts before and behind a text."""

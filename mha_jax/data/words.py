@@ -10,12 +10,13 @@ from mha_jax.data.conllu import Sentence
 from mha_jax.data.tokenizers import Tokenizer
 from mha_jax.specs import BOS, PAD, UserError
 
-# Whether a text begins with the start token, and whether it ends with the end token, as in training's batches.
+# Whether a text begins with the start token (None: where the tokenizer says so), and whether it ends with the end
+# token, as in training's batches.
 _FRAMES = {
     "lm": (True, False),
     "masked_lm": (True, True),
     "translation": (False, True),
-    "classification": (False, True),
+    "classification": (None, True),
 }
 
 
@@ -83,17 +84,17 @@ class WordRows:
 def word_rows(sentences: Sequence[Sentence], tokenizer: Tokenizer, task: str, length: int) -> WordRows:
     """Cuts every word into pieces of its own, so that no piece belongs to two words, framed as the task frames texts.
 
-    A word is encoded with the space before it, as it stands in its sentence.
+    A word is encoded with the space before it, as it stands in its sentence; a tokenizer that begins every text with a
+    space gives one to every word.
 
     Args:   length: pieces that the model reads at most, start and end tokens included.
     Raises: UserError where no sentence fits.
     """
     starts, ends = _FRAMES[task]
+    starts = tokenizer.opens if starts is None else starts
     kept, left_out = [], []
     for sentence in sentences:
-        # llama2.c's tokenizer puts a space of its own in front of every text.
-        own = tokenizer.name == "llama2c"
-        texts = [" " * (word.space_before and not own) + word.form for word in sentence.words]
+        texts = [" " * (word.space_before and not tokenizer.spaced) + word.form for word in sentence.words]
         pieces = tokenizer.encode(texts)
         ids = np.concatenate([[tokenizer.start] * starts, *pieces, [tokenizer.end] * ends]).astype(np.int32)
         owners = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
