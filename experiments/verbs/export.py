@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--seed is missing: the run has the seeds {seed}, {', '.join(map(str, others))}")
     if opened.run.gates.kind != "none":
         raise UserError(f"gates.kind={opened.run.gates.kind!r}: prune the run with --closed first, then export that")
-    config, tensors = families.written(opened.run, _ungated(opened, seed))
+    labels = opened.data.fingerprint.get("labels") if opened.run.task == "classification" else None
+    config, tensors = families.written(opened.run, _ungated(opened, seed), labels)
     directory.write(out, config, tensors)
     for name in ("tokenizer.json", "tokenizer.bin"):
         if (opened.directory.path / name).exists():

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from configs import default
 from experiments import cli
 from mha_jax import config as configs
-from mha_jax.data import vocabularies
+from mha_jax.data import files, vocabularies
 from mha_jax.data.pieces import PieceTokenizer
 from mha_jax.data.tokenizers import Tokenizer
 from mha_jax.data.vocabularies import FileTokenizer
@@ -57,6 +57,9 @@ def main(argv: list[str]) -> int:
     checkpoint = families.read(source) if source.is_dir() else llama2c.read(source)
     tokenizer = _tokenizer(kind, file, checkpoint.vocab_size)
     text = epath.Path(values.text) if values.text else workdir / "texts" / f"{source.stem}.txt"
+    if isinstance(checkpoint, families.Checkpoint) and checkpoint.labels and values.text:
+        known, _ = files.labelled({"train": str(text)})
+        checkpoint = families.relabelled(checkpoint, known)
     config = _config(source, checkpoint, (kind, file), text, values.length)
     if not values.text and not text.exists():
         if checkpoint.task != "lm":
@@ -68,8 +71,7 @@ def main(argv: list[str]) -> int:
     rows = read_metrics(directory.path / "metrics.jsonl")[0]
     (loss,) = [row["value"] for row in rows if (row["split"], row["name"]) == ("validation", "loss")]
     print(f"{directory.path}: {checkpoint.about}, {loss:.4f} nats a target on the validation split of {text}")
-    if isinstance(checkpoint, families.Checkpoint):
-        _report(directory.path, checkpoint)
+    _report(directory.path, checkpoint)
     return 0
 
 
@@ -111,8 +113,8 @@ def _config(
     values: dict[str, Any] = {f"model.{name}": value for name, value in checkpoint.model.items()}
     values |= {"name": source.stem, "task": checkpoint.task, "seeds": (0,), "parent": imported.origin(source)}
     values |= {
-        "data.source": "labelled" if checkpoint.num_classes else "text",
-        "data.num_classes": checkpoint.num_classes,
+        "data.source": "labelled" if checkpoint.labels else "text",
+        "data.num_classes": len(checkpoint.labels) if checkpoint.labels else None,
     }
     values |= {"data.files.train": str(text), "data.validation_fraction": 0.25, "data.length": length}
     values |= {"data.tokenizer": tokenizer[0], "data.tokenizer_file": str(tokenizer[1])}
@@ -122,7 +124,7 @@ def _config(
     return configs.override(default.get_config(), values)
 
 
-def _report(path: epath.Path, checkpoint: families.Checkpoint) -> None:
+def _report(path: epath.Path, checkpoint: Checkpoint) -> None:
     """Compares the run, as it is read back, with the file, and writes import.json."""
     opened = open_run(path)
     batch: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in next(opened.batches()).items()}
@@ -131,7 +133,10 @@ def _report(path: epath.Path, checkpoint: families.Checkpoint) -> None:
     rows = [tokens[:length] for tokens, length in zip(tokens_BT, lengths, strict=True) if length]
     model: Any = opened.model(0)  # of one stack, as the tasks of checkpoints are
     found = agreement(checkpoint, model, rows)
-    (path / "import.json").write_text(json.dumps({**opened.config["parent"], "agreement": found}, indent=1) + "\n")
+    told = {**opened.config["parent"], "notes": checkpoint.notes, "agreement": found}
+    (path / "import.json").write_text(json.dumps(told, indent=1) + "\n")
+    for note in checkpoint.notes:
+        print(f"note: {note}")
     print(
         f"apart from a float64 forward pass by at most {max(found['layers']):.1e} in {len(found['layers']) - 1} layers "
         f"and {found['logits']:.1e} in the logits ({found['tokens']} tokens): {path / 'import.json'}"

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from mha_jax.attention.visibility import Causal, Padding
 from mha_jax.models.transformer import Classifier, LanguageModel, MaskedLanguageModel
 from mha_jax.pretrained.families import Checkpoint
+from mha_jax.pretrained.llama2c import Llama2c
 
 OneStack = LanguageModel | MaskedLanguageModel | Classifier
 
@@ -30,7 +31,7 @@ def hidden_states(
     return jnp.stack(states), logits
 
 
-def agreement(checkpoint: Checkpoint, model: OneStack, rows: Sequence[np.ndarray]) -> dict[str, Any]:
+def agreement(checkpoint: Checkpoint | Llama2c, model: OneStack, rows: Sequence[np.ndarray]) -> dict[str, Any]:
     """The largest absolute differences over rows of tokens, which go through the model as one padded batch.
 
     Returns: "layers": of what enters the first layer and what each hands on, with the largest value there as "largest";

@@ -3,9 +3,13 @@
 A masked language model becomes a run of task "masked_lm", a classifier one of task "classification" with pooling
 "first". Linear layers are [outputs, inputs]. Of a checkpoint made by pretraining, the pooler and the next-sentence
 layer are left out of a masked language model: nothing of it reads them.
+
+An encoder without a head that we have, such as a sentence encoder, becomes a masked language model too, as its heads
+can be looked into: what a head needs beside the token table is put there so that it does least, the dense layer as the
+identity, biases 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +26,27 @@ _TASKS = {
     "BertForPreTraining": "masked_lm",
     "BertForSequenceClassification": "classification",
 }
+_HEADLESS = (
+    "BertModel",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+    "BertForNextSentencePrediction",
+    "BertForMultipleChoice",
+)
 _UNREAD = {"masked_lm": ("bert.pooler.", "cls.seq_relationship."), "classification": ()}
 
 
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = (config.get("architectures") or ["none"])[0]
+    if named not in _TASKS and named not in _HEADLESS:
+        known = ", ".join([*_TASKS, *_HEADLESS])
+        raise UserError(f"config.json: architectures={named!r} cannot be imported; {known} can")
+    return named
+
+
 def task_of(config: Mapping[str, Any]) -> str:
-    """The task of the run. Raises: UserError for an architecture without a head that we can run."""
-    named = config.get("architectures") or ["none"]
-    if named[0] not in _TASKS:
-        raise UserError(f"config.json: architectures={named!r} has no head to run; {', '.join(_TASKS)} can be imported")
-    return _TASKS[named[0]]
+    """The task of the run. Raises: UserError for an architecture that we do not know."""
+    return _TASKS.get(_architecture(config), "masked_lm")
 
 
 def sizes_in(config: Mapping[str, Any]) -> Sizes:
@@ -44,15 +60,32 @@ def sizes_in(config: Mapping[str, Any]) -> Sizes:
     )
 
 
-def num_classes(config: Mapping[str, Any]) -> int:
-    """Labels of a classifier; their names are in id2label."""
-    return len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a classifier's classes, in their order."""
+    named = config.get("id2label")
+    if named is None:
+        return tuple(f"LABEL_{number}" for number in range(config.get("num_labels", 2)))
+    return tuple(named[number] for number in sorted(named, key=int))
+
+
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
+    """What config.json says of the names of a classifier's classes."""
+    numbered = {str(number): name for number, name in enumerate(names)}
+    return {"id2label": numbered, "label2id": {name: int(number) for number, name in numbered.items()}}
+
+
+def relabelled(tensors: Tensors, order: Sequence[int]) -> Tensors:
+    """The tensors of a classifier whose class i is the `order[i]`-th of these."""
+    own = {name: tensors[name][list(order)] for name in ("classifier.weight", "classifier.bias")}
+    return {**tensors, **own}
 
 
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ModelSpec`. Raises: UserError for what our encoder cannot do."""
-    wanted = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "tie_word_embeddings": (True,)}
-    sizes.refuse(config, wanted | {"add_cross_attention": (False,), "classifier_dropout": (None,)})
+    wanted = {"position_embedding_type": ("absolute",), "is_decoder": (False,), "add_cross_attention": (False,)}
+    sizes.refuse(config, wanted | {"classifier_dropout": (None,)})
+    if _architecture(config) in _TASKS and task_of(config) == "masked_lm":
+        sizes.refuse(config, {"tie_word_embeddings": (True,)})
     return sizes.model_fields(sizes_in(config)) | {
         "positions": "learned",
         "norm": "post",
@@ -64,6 +97,7 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "scale_embedding": False,
         "embedding_norm": True,
         "token_types": sizes.number(config, "type_vocab_size"),
+        "tied_output": True,
         "pooling": "first" if task_of(config) == "classification" else "mean",
         "dropout_rate": sizes.said(config, "hidden_dropout_prob"),
         "attention_dropout_rate": sizes.said(config, "attention_probs_dropout_prob"),
@@ -89,7 +123,7 @@ def entries(config: Mapping[str, Any]) -> list[Entry]:
         found += _block(f"bert.encoder.layer.{layer}", ("encoder", "blocks", layer), model, heads)
     if task_of(config) == "classification":
         found += linear("bert.pooler.dense", ("pooler",), width, width)
-        return found + linear("classifier", ("classes",), width, num_classes(config))
+        return found + linear("classifier", ("classes",), width, len(labels(config)))
     found += linear("cls.predictions.transform.dense", ("head", "dense"), width, width)
     found += norm("cls.predictions.transform.LayerNorm", ("head", "norm"), width)
     return [*found, entry("cls.predictions.bias", ("head", "bias"), model.vocab_size)]
@@ -108,23 +142,41 @@ def _block(name: str, path: tuple[str | int, ...], model: Sizes, heads: HeadShap
     ]
 
 
-def prepared(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    """The tensors by the names of today, without buffers, and tied ones once.
+def prepared(config: Mapping[str, Any], tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """The tensors by the names of today, without buffers, and tied ones once; with a head where there is none.
 
-    Raises: UserError for an output table of its own.
+    Returns: them, and what is to be told of a head that was put there.
+    Raises:  UserError for an output table of its own.
     """
     found = {}
     for name, tensor in tensors.items():
-        name = name.replace(".LayerNorm.gamma", ".LayerNorm.weight").replace(".LayerNorm.beta", ".LayerNorm.bias")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
         if not name.endswith(".position_ids") and not name.startswith(_UNREAD[task_of(config)]):
             found[name] = tensor
+    if (named := _architecture(config)) in _HEADLESS:
+        unread = sorted(name for name in found if not name.startswith("bert."))
+        kept = {name: tensor for name, tensor in found.items() if name not in unread}
+        told = f"a {named} has no head of a masked language model: logits and losses are of one that was put there"
+        return kept | _least_head(config), [told + (f"; left out: {', '.join(unread)}" if unread else "")]
     sizes.untie(found, "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
     if task_of(config) == "masked_lm":
         bias = found.get("cls.predictions.decoder.bias")
         if bias is not None:
             found.setdefault("cls.predictions.bias", bias)
         sizes.untie(found, "cls.predictions.bias", "cls.predictions.decoder.bias")
-    return found
+    return found, []
+
+
+def _least_head(config: Mapping[str, Any]) -> Tensors:
+    width, inside = sizes.number(config, "hidden_size"), "cls.predictions.transform"
+    return {
+        f"{inside}.dense.weight": np.eye(width, dtype=np.float32),
+        f"{inside}.dense.bias": np.zeros(width, np.float32),
+        f"{inside}.LayerNorm.weight": np.ones(width, np.float32),
+        f"{inside}.LayerNorm.bias": np.zeros(width, np.float32),
+        "cls.predictions.bias": np.zeros(sizes.number(config, "vocab_size"), np.float32),
+    }
 
 
 def config_of(run: RunSpec, model: Sizes) -> dict[str, Any]:
@@ -149,18 +201,17 @@ def config_of(run: RunSpec, model: Sizes) -> dict[str, Any]:
         "attention_probs_dropout_prob": spec.attention_dropout_rate,
         "position_embedding_type": "absolute",
         "tie_word_embeddings": True,
-        **({"id2label": {str(n): f"LABEL_{n}" for n in range(classes)}} if classes else {}),
-        **({"label2id": {f"LABEL_{n}": n for n in range(classes)}} if classes else {}),
+        **(label_fields([f"LABEL_{number}" for number in range(classes)]) if classes else {}),
         **sizes.head_map(model, shape),
     }
 
 
 def hidden_states(config: Mapping[str, Any], tensors: Tensors, tokens_T: np.ndarray) -> list[np.ndarray]:
-    """The forward pass of one row in float64 by the original tensors, written apart from our model's.
+    """The forward pass of one row in float64 by the prepared tensors, written apart from our model's.
 
     Returns: what enters the first layer, what each layer hands on [T, D], and the logits: [T, C], or of classes [C].
     """
-    w = {name: tensor.astype(np.float64) for name, tensor in prepared(config, tensors).items()}
+    w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     act, epsilon = oracle.ACTIVATIONS[sizes.activation(config, "hidden_act")], config["layer_norm_eps"]
 
     def product(x: np.ndarray, name: str) -> np.ndarray:

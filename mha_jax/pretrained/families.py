@@ -1,6 +1,7 @@
 """Checkpoints of any family that is known: which one it is, its weights as our tree, and the way back."""
 
 import dataclasses
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +18,10 @@ FAMILIES = (bert, gpt2, llama)
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory that was read: its config.json and tensors as they are, and what they are to us.
+    """A checkpoint directory that was read: its config.json and tensors, and what they are to us.
 
-    `model`: fields of `ModelSpec`. `params`: the tree of the task's model. `num_classes`: of a classifier.
+    `tensors`: by the names of the family's `entries`. `model`: fields of `ModelSpec`. `params`: the tree of the task's
+    model. `labels`: the names of a classifier's classes. `notes`: what is not as in the file, a line each.
     """
 
     family: ModuleType
@@ -27,9 +29,10 @@ class Checkpoint:
     tensors: Tensors
     task: str
     vocab_size: int
-    num_classes: int | None
+    labels: tuple[str, ...] | None
     model: dict[str, Any]
     params: dict[str, Any]
+    notes: tuple[str, ...]
 
     @property
     def about(self) -> str:
@@ -37,7 +40,7 @@ class Checkpoint:
         return f"{self.family.MODEL_TYPE} of {self.model['num_layers']} layers, d_model={self.model['d_model']}"
 
     def hidden_states(self, tokens_T: np.ndarray) -> list[np.ndarray]:
-        """The float64 forward pass of the original tensors: what each layer reads, the last one's output, logits."""
+        """The float64 forward pass of the tensors: what each layer reads, the last one's output, logits."""
         return self.family.hidden_states(self.config, self.tensors, tokens_T)
 
 
@@ -52,15 +55,38 @@ def read(path: epath.PathLike) -> Checkpoint:
     if family is None:
         known = ", ".join(one.MODEL_TYPE for one in FAMILIES)
         raise UserError(f"{path}: model_type={kind!r} of config.json is not known; {known} are")
-    task, model, tensors = family.task_of(config), family.fields(config), directory.read_tensors(path)
-    params = to_ours(family.entries(config), family.prepared(config, tensors), str(path))
-    classes = family.num_classes(config) if task == "classification" else None
+    task, model = family.task_of(config), family.fields(config)
+    tensors, notes = family.prepared(config, directory.read_tensors(path))
+    params = to_ours(family.entries(config), tensors, str(path))
+    labels = family.labels(config) if task == "classification" else None
     vocabulary = sizes.number(config, "vocab_size")
-    return Checkpoint(family, config, tensors, task, vocabulary, classes, model, params)
+    return Checkpoint(family, config, tensors, task, vocabulary, labels, model, params, tuple(notes))
 
 
-def written(run: RunSpec, params: Any) -> tuple[dict[str, Any], Tensors]:
+def relabelled(checkpoint: Checkpoint, labels: Sequence[str]) -> Checkpoint:
+    """A classifier whose classes come in the order of these names, as those of a data file do: sorted.
+
+    Names count as the same whatever their case, and "3" as "LABEL_3". Where they are other names, classes stay as they
+    are, and a note says which name is taken for which.
+    """
+    names, theirs = (list(map(_plain, of)) for of in (labels, checkpoint.labels or ()))
+    if sorted(names) != sorted(theirs):
+        pairs = ", ".join(f"{name!r} for {own!r}" for name, own in zip(labels, checkpoint.labels or (), strict=False))
+        note = f"the labels of the data are not those of config.json; they are taken in their order: {pairs}"
+        return dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note))
+    tensors = checkpoint.family.relabelled(checkpoint.tensors, [theirs.index(name) for name in names])
+    params = to_ours(checkpoint.family.entries(checkpoint.config), tensors, "classes")
+    return dataclasses.replace(checkpoint, tensors=tensors, params=params, labels=tuple(labels))
+
+
+def _plain(label: str) -> str:
+    return label.casefold().removeprefix("label_")
+
+
+def written(run: RunSpec, params: Any, labels: Sequence[str] | None = None) -> tuple[dict[str, Any], Tensors]:
     """config.json and tensors of a run's model in the family that can say all of it, with a head map where it must.
+
+    `labels`: the names of a classifier's classes.
 
     Raises: UserError for a model that is of none of the families, with what stands against the nearest.
     """
@@ -71,7 +97,7 @@ def written(run: RunSpec, params: Any) -> tuple[dict[str, Any], Tensors]:
         config = family.config_of(run, sizes.sizes_of(run))
         against = _against(run, family, config)
         if not against:
-            return config, to_theirs(family.entries(config), params)
+            return config | (family.label_fields(labels) if labels else {}), to_theirs(family.entries(config), params)
         found[family.MODEL_TYPE] = against
     nearest = min(found, key=lambda name: len(found[name]))
     raise UserError(f"the model is no bert, gpt2 or llama; against {nearest} stands {', '.join(found[nearest])}")

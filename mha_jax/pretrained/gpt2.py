@@ -36,7 +36,7 @@ def sizes_in(config: Mapping[str, Any]) -> Sizes:
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ModelSpec`. Raises: UserError for what our decoder cannot do."""
     wanted = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
-    sizes.refuse(config, wanted | {"add_cross_attention": (False,), "tie_word_embeddings": (True,)})
+    sizes.refuse(config, wanted | {"add_cross_attention": (False,)})
     sizes.refuse(config, {"embd_pdrop": (sizes.said(config, "resid_pdrop"),)})
     return sizes.model_fields(sizes_in(config)) | {
         "positions": "learned",
@@ -49,20 +49,27 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "scale_embedding": False,
         "embedding_norm": False,
         "token_types": 0,
+        "tied_output": _tied(config),
         "pooling": "mean",
         "dropout_rate": sizes.said(config, "resid_pdrop"),
         "attention_dropout_rate": sizes.said(config, "attn_pdrop"),
     }
 
 
+def _tied(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", True))
+
+
 def entries(config: Mapping[str, Any]) -> list[Entry]:
     """Every tensor of such a checkpoint, tied ones once."""
     model = sizes_in(config)
     width = model.d_model
+    untied = [] if _tied(config) else [entry("lm_head.weight", ("tokens", "output"), model.vocab_size, width)]
     found = [
         entry("transformer.wte.weight", ("tokens", "embedding"), model.vocab_size, width),
         entry("transformer.wpe.weight", ("decoder", "positions", "embedding"), model.max_length, width),
         *norm("transformer.ln_f", ("decoder", "final_norm"), width),
+        *untied,
     ]
     for layer, heads in enumerate(model.heads):
         name, path = f"transformer.h.{layer}", ("decoder", "blocks", layer)
@@ -76,17 +83,18 @@ def entries(config: Mapping[str, Any]) -> list[Entry]:
     return found
 
 
-def prepared(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+def prepared(config: Mapping[str, Any], tensors: Tensors) -> tuple[Tensors, list[str]]:
     """The tensors with the prefix that the first checkpoints lack, without the buffers of masks, tied ones once.
 
-    Raises: UserError for an output table of its own.
+    Returns: them, and what is to be told: nothing. Raises: UserError for tied tables that differ.
     """
     found = {}
     for name, tensor in tensors.items():
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             found[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = tensor
-    sizes.untie(found, "transformer.wte.weight", "lm_head.weight")
-    return found
+    if _tied(config):
+        sizes.untie(found, "transformer.wte.weight", "lm_head.weight")
+    return found, []
 
 
 def config_of(run: RunSpec, model: Sizes) -> dict[str, Any]:
@@ -107,17 +115,17 @@ def config_of(run: RunSpec, model: Sizes) -> dict[str, Any]:
         "resid_pdrop": run.model.dropout_rate,
         "embd_pdrop": run.model.dropout_rate,
         "attn_pdrop": run.model.attention_dropout_rate,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": run.model.tied_output,
         **sizes.head_map(model, shape),
     }
 
 
 def hidden_states(config: Mapping[str, Any], tensors: Tensors, tokens_T: np.ndarray) -> list[np.ndarray]:
-    """The forward pass of one row in float64 by the original tensors, written apart from our model's.
+    """The forward pass of one row in float64 by the prepared tensors, written apart from our model's.
 
     Returns: what enters the first layer, what each layer hands on [T, D], and the logits [T, C].
     """
-    w = {name.removeprefix("transformer."): x.astype(np.float64) for name, x in prepared(config, tensors).items()}
+    w = {name.removeprefix("transformer."): x.astype(np.float64) for name, x in tensors.items()}
     act = oracle.ACTIVATIONS[sizes.activation(config, "activation_function")]
 
     def product(x: np.ndarray, name: str) -> np.ndarray:
@@ -139,4 +147,4 @@ def hidden_states(config: Mapping[str, Any], tensors: Tensors, tokens_T: np.ndar
         x = x + product(y, f"{name}.attn.c_proj")
         x = x + product(act(product(normed(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")), f"{name}.mlp.c_proj")
         states.append(x)
-    return [*states, normed(x, "ln_f") @ w["wte.weight"].T]
+    return [*states, normed(x, "ln_f") @ w.get("lm_head.weight", w["wte.weight"]).T]

@@ -4,7 +4,7 @@ Linear layers are [outputs, inputs]. Theirs rotates feature i of a head with fea
 the features of queries and keys are reordered, which changes no product of the two.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ MODEL_TYPE = "llama"
 
 
 def task_of(config: Mapping[str, Any]) -> str:
-    """Every llama is read as a language model."""
+    """Every llama is read as a language model, one without a head too."""
     return "lm"
 
 
@@ -66,10 +66,19 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "scale_embedding": False,
         "embedding_norm": False,
         "token_types": 0,
+        "tied_output": _tied(config),
         "pooling": "mean",
         "dropout_rate": 0.0,
         "attention_dropout_rate": config.get("attention_dropout", 0.0),
     }
+
+
+def _headless(config: Mapping[str, Any]) -> bool:
+    return config.get("architectures") == ["LlamaModel"]
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", False)) or _headless(config)
 
 
 def entries(config: Mapping[str, Any]) -> list[Entry]:
@@ -80,6 +89,8 @@ def entries(config: Mapping[str, Any]) -> list[Entry]:
         entry("model.embed_tokens.weight", ("tokens", "embedding"), model.vocab_size, width),
         *norm("model.norm", ("decoder", "final_norm"), width, bias=False),
     ]
+    if not _tied(config):
+        found.append(entry("lm_head.weight", ("tokens", "output"), model.vocab_size, width))
     for layer, heads in enumerate(model.heads):
         name, path = f"model.layers.{layer}", ("decoder", "blocks", layer)
         attention, inner = (*path, "attention"), (*path, "feed_forward")
@@ -94,11 +105,18 @@ def entries(config: Mapping[str, Any]) -> list[Entry]:
     return found
 
 
-def prepared(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    """The tensors without buffers, tied ones once. Raises: UserError for an output table of its own."""
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    sizes.untie(found, "model.embed_tokens.weight", "lm_head.weight")
-    return found
+def prepared(config: Mapping[str, Any], tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """The tensors by the names of `LlamaForCausalLM`, without buffers, tied ones once.
+
+    Returns: them, and what is to be told of a model without an output table.
+    Raises:  UserError for tied tables that differ.
+    """
+    prefix = "model." if _headless(config) else ""
+    found = {prefix + name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if _tied(config):
+        sizes.untie(found, "model.embed_tokens.weight", "lm_head.weight")
+    told = "a LlamaModel has no output table: logits and losses are by that of its inputs"
+    return found, [told] if _headless(config) else []
 
 
 def config_of(run: RunSpec, model: Sizes) -> dict[str, Any]:
@@ -123,36 +141,51 @@ def config_of(run: RunSpec, model: Sizes) -> dict[str, Any]:
         "attention_bias": run.model.use_bias,
         "mlp_bias": run.model.use_ff_bias,
         "attention_dropout": run.model.attention_dropout_rate,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": run.model.tied_output,
         **sizes.head_map(model, plain),
     }
 
 
 def hidden_states(config: Mapping[str, Any], tensors: Tensors, tokens_T: np.ndarray) -> list[np.ndarray]:
-    """The forward pass of one row in float64 by the original tensors, written apart from our model's.
+    """The forward pass of one row in float64 by the prepared tensors, written apart from our model's.
 
     Returns: what enters the first layer, what each layer hands on [T, D], and the logits [T, C].
     """
-    w = {name.removeprefix("model."): tensor.astype(np.float64) for name, tensor in prepared(config, tensors).items()}
+    base, epsilon = _rope_base(config), config["rms_norm_eps"]
+    return forward(tensors, sizes_in(config).heads, tokens_T, base=base, epsilon=epsilon, halves=True)
+
+
+def forward(
+    tensors: Tensors,
+    shapes: Sequence[HeadShape],
+    tokens_T: np.ndarray,
+    *,
+    base: float,
+    epsilon: float,
+    halves: bool,
+) -> list[np.ndarray]:
+    """`hidden_states` of tensors by name; with `halves` feature i is rotated with i + K/2, else 2i with 2i + 1."""
+    w = {name.removeprefix("model."): tensor.astype(np.float64) for name, tensor in tensors.items()}
     length = len(tokens_T)
 
     def product(x: np.ndarray, name: str) -> np.ndarray:
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
 
     def normed(x: np.ndarray, name: str) -> np.ndarray:
-        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config["rms_norm_eps"]) * w[f"{name}.weight"]
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon) * w[f"{name}.weight"]
 
     def turned(x: np.ndarray, width: int) -> np.ndarray:
         x = x.reshape(length, -1, width)
-        angles = np.arange(length)[:, None] * _rope_base(config) ** (-np.arange(0, width, 2) / width)
+        angles = np.arange(length)[:, None] * base ** (-np.arange(0, width, 2) / width)
         cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-        first, second = x[..., : width // 2], x[..., width // 2 :]
-        y = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return y.reshape(length, -1)
+        pairs = x.reshape(*x.shape[:2], 2, -1) if halves else x.reshape(*x.shape[:2], -1, 2).swapaxes(2, 3)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        y = np.stack([first * cos - second * sin, second * cos + first * sin], axis=2)
+        return (y if halves else y.swapaxes(2, 3)).reshape(length, -1)
 
     x = w["embed_tokens.weight"][tokens_T]
     states = [x]
-    for layer, heads in enumerate(sizes_in(config).heads):
+    for layer, heads in enumerate(shapes):
         name = f"layers.{layer}"
         q, k, v = (product(normed(x, f"{name}.input_layernorm"), f"{name}.self_attn.{part}_proj") for part in "qkv")
         q, k = turned(q, heads.qk_dim), turned(k, heads.qk_dim)
@@ -161,4 +194,4 @@ def hidden_states(config: Mapping[str, Any], tensors: Tensors, tokens_T: np.ndar
         gate = product(y, f"{name}.mlp.gate_proj")
         x = x + product(gate / (1 + np.exp(-gate)) * product(y, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
         states.append(x)
-    return [*states, normed(x, "norm") @ w["embed_tokens.weight"].T]
+    return [*states, normed(x, "norm") @ w.get("lm_head.weight", w["embed_tokens.weight"]).T]

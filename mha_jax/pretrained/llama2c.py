@@ -13,13 +13,27 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mha_jax.specs import UserError
+from mha_jax.pretrained import llama
+from mha_jax.specs import HeadShape, UserError
 
 _HEADER = np.dtype("<i4")
 _NUMBER = np.dtype("<f4")
 FIELDS = ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "max_length")
 # llama2.c's run.c has both as constants: a checkpoint does not say.
 ROPE_BASE, NORM_EPSILON = 10_000.0, 1e-5
+# Its arrays by the names of a Llama's safetensors.
+_WHOLE = {"embedding": "embed_tokens.weight", "final_norm": "norm.weight", "output": "lm_head.weight"}
+_OF_LAYER = {
+    "attention_norm": "input_layernorm",
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "w1": "mlp.gate_proj",
+    "w2": "mlp.down_proj",
+    "w3": "mlp.up_proj",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +43,8 @@ class Llama2c:
     sizes: dict[str, int]
     arrays: dict[str, np.ndarray]
 
-    task, num_classes = "lm", None
+    tied: bool = True
+    task, labels, notes = "lm", None, ()
 
     @property
     def vocab_size(self) -> int:
@@ -39,7 +54,7 @@ class Llama2c:
     @property
     def about(self) -> str:
         """What it is, in a line."""
-        return str(self.sizes)
+        return f"llama2.c of {self.sizes['num_layers']} layers, d_model={self.sizes['d_model']}"
 
     @property
     def model(self) -> dict[str, Any]:
@@ -55,6 +70,7 @@ class Llama2c:
             "use_bias": False,
             "use_ff_bias": False,
             "scale_embedding": False,
+            "tied_output": self.tied,
         }
 
     @property
@@ -62,7 +78,7 @@ class Llama2c:
         """The tree of a `LanguageModel`'s parameters: query.kernel [D, H, K], key and value.kernel [D, G, K], ..."""
         layers = range(self.sizes["num_layers"])
         return {
-            "tokens": {"embedding": self.arrays["embedding"]},
+            "tokens": {name: self.arrays[name] for name in ("embedding", "output") if name in self.arrays},
             "decoder": {
                 "blocks": {layer: self._block(layer) for layer in layers},
                 "final_norm": {"scale": self.arrays["final_norm"]},
@@ -93,19 +109,28 @@ class Llama2c:
             },
         }
 
+    def hidden_states(self, tokens_T: np.ndarray) -> list[np.ndarray]:
+        """The float64 forward pass of the arrays: what each layer reads, the last one's output, logits."""
+        tensors = {name: self.arrays[own] for own, name in _WHOLE.items() if own in self.arrays}
+        for layer in range(self.sizes["num_layers"]):
+            tensors |= {f"layers.{layer}.{name}.weight": self.arrays[own][layer] for own, name in _OF_LAYER.items()}
+        shape = HeadShape.resolve(*(self.sizes[name] for name in ("d_model", "num_heads", "num_kv_heads")))
+        shapes = [shape] * self.sizes["num_layers"]
+        return llama.forward(tensors, shapes, tokens_T, base=ROPE_BASE, epsilon=NORM_EPSILON, halves=False)
+
 
 def read(path: epath.PathLike) -> Llama2c:
     """Reads a checkpoint, checking its size to the byte.
 
     Raises: UserError for a file that does not exist, has no such header, is too short or too long, or holds numbers
-        that are not finite; for an output table of its own, which our language model has not.
+        that are not finite.
     """
     file = epath.Path(path)
     if not file.exists() or file.is_dir():
         raise UserError(f"checkpoint {path} is no file")
     raw = file.read_bytes()
-    sizes = _sizes(path, raw)
-    shapes = _shapes(sizes)
+    sizes, tied = _sizes(path, raw)
+    shapes = _shapes(sizes, tied)
     start = _HEADER.itemsize * len(FIELDS)
     expected = start + _NUMBER.itemsize * sum(int(np.prod(shape)) for shape in shapes.values())
     if len(raw) != expected:
@@ -120,26 +145,27 @@ def read(path: epath.PathLike) -> Llama2c:
         if not np.isfinite(arrays[name]).all():
             raise UserError(f"checkpoint {path} is damaged: {name} holds numbers that are not finite")
     del arrays["rotary_cos"], arrays["rotary_sin"]  # computed, not read: `attention.rotary`
-    return Llama2c(sizes, arrays)
+    return Llama2c(sizes, arrays, tied)
 
 
-def _sizes(path: epath.PathLike, raw: bytes) -> dict[str, int]:
+def _sizes(path: epath.PathLike, raw: bytes) -> tuple[dict[str, int], bool]:
+    """The header, and whether the table is the output's too: of one with two the vocabulary's size is negative."""
     if len(raw) < _HEADER.itemsize * len(FIELDS):
         raise UserError(f"checkpoint {path} has {len(raw)} bytes, fewer than the header of a llama2.c checkpoint")
     sizes: dict[str, int] = dict(zip(FIELDS, np.frombuffer(raw, _HEADER, len(FIELDS)).tolist(), strict=True))
-    if sizes["vocab_size"] < 0 and -sizes["vocab_size"] < 1 << 24:
-        raise UserError(f"checkpoint {path} has an output table of its own; only tied ones can be read")
+    given = list(sizes.values())
+    tied, sizes["vocab_size"] = sizes["vocab_size"] > 0, abs(sizes["vocab_size"])
     heads, groups = sizes["num_heads"], sizes["num_kv_heads"]
     plausible = all(0 < size < 1 << 24 for size in sizes.values())
     if not plausible or sizes["d_model"] % heads or heads % groups or sizes["d_model"] // heads % 2:
         raise UserError(
             f"{path} is no llama2.c checkpoint (version 0): its first seven int32, read as {', '.join(FIELDS)}, "
-            f"are {', '.join(map(str, sizes.values()))}"
+            f"are {', '.join(map(str, given))}"
         )
-    return sizes
+    return sizes, tied
 
 
-def _shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+def _shapes(sizes: dict[str, int], tied: bool) -> dict[str, tuple[int, ...]]:
     """What the file holds, in its order."""
     D, F, L, H, G, C, T = sizes.values()
     keys = G * D // H
@@ -157,4 +183,5 @@ def _shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
         "final_norm": (D,),
         "rotary_cos": (T, D // H // 2),
         "rotary_sin": (T, D // H // 2),
+        **({} if tied else {"output": (C, D)}),
     }

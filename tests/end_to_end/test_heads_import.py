@@ -1,5 +1,7 @@
 """`heads import`: a checkpoint becomes a finished run that opens as any other; what is wrong is one line and code 2."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -45,6 +47,11 @@ def test_an_imported_run_is_a_finished_run_with_the_weights_of_the_file(script, 
     jax.tree.map(np.testing.assert_array_equal, opened.trees(0)[0], llama2c.read(checkpoint).params)
     moments = [leaf for leaf in jax.tree.leaves(opened.state["optimizer"])]
     assert moments and not any(np.any(leaf) for leaf in moments)
+    report = json.loads((path / "import.json").read_text())
+    assert (report["run"], report["notes"]) == ("random.bin", [])
+    # As in test_llama2c, whose logits are as large.
+    assert len(report["agreement"]["layers"]) == 3
+    assert 0 < max(*report["agreement"]["layers"], report["agreement"]["logits"]) < 5e-5
     batches = list(opened.batches())
     assert len(batches) >= 2
     (first,) = opened.data.tokenizer.encode(["abc an bc " * 3])

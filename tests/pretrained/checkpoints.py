@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from configs import default
 from mha_jax import config as configs
@@ -28,6 +28,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bert_classifier": _BERT | {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}},
     "gpt2": _GPT2 | {"architectures": ["GPT2LMHeadModel"]},
     "llama": _LLAMA | {"architectures": ["LlamaForCausalLM"]},
+    "gpt2_untied": _GPT2 | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": False},
+    "llama_untied": _LLAMA | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False},
 }
 
 
@@ -47,11 +49,23 @@ def checkpoint(folder: Path, kind: str, vocab_size: int = 97, seed: int = 0, **c
     return folder
 
 
+def headless(folder: Path, kind: str, vocab_size: int = 97) -> Path:
+    """The checkpoint of `kind` as that of its BertModel or LlamaModel: no head, and names without their prefix."""
+    checkpoint(folder, kind, vocab_size)
+    config, tensors = (folder / "config.json"), load_file(folder / "model.safetensors")
+    prefix, name = {"bert": ("bert.", "BertModel"), "llama": ("model.", "LlamaModel")}[kind]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": [name]}))
+    kept = {one.removeprefix(prefix): tensor for one, tensor in tensors.items() if one.startswith(prefix)}
+    save_file(kept, folder / "model.safetensors")
+    return folder
+
+
 def run_of(found: families.Checkpoint, **more: Any) -> RunSpec:
     values = {f"model.{name}": value for name, value in found.model.items()} | {"seeds": (0,), "task": found.task}
     values |= {"data.length": 16, "data.tokenizer": "json", "data.tokenizer_file": "unused"}
-    values |= {"data.source": "labelled", "data.files.train": "unused"} if found.num_classes else {}
-    values |= {"data.vocab_size": found.vocab_size, "data.num_classes": found.num_classes} | more
+    values |= {"data.source": "labelled", "data.files.train": "unused"} if found.labels else {}
+    values |= {"data.num_classes": len(found.labels)} if found.labels else {}
+    values |= {"data.vocab_size": found.vocab_size} | more
     return configs.resolve(configs.override(default.get_config(), values))
 
 

@@ -12,16 +12,23 @@ MERGES = (" a", "ab", "abc", "bc", " abc", "an")
 
 
 def arrays(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights in the order of the file; gains about 1."""
+    """Random weights in the order of the file; gains about 1. A negative vocabulary is one with an output table."""
     D, F, L, H, G, C, T = sizes
     K = D // H
     rng = np.random.default_rng(seed)
-    shapes = {"embedding": (C, D), "attention_norm": (L, D), "wq": (L, D, D), "wk": (L, G * K, D), "wv": (L, G * K, D)}
+    shapes = {
+        "embedding": (abs(C), D),
+        "attention_norm": (L, D),
+        "wq": (L, D, D),
+        "wk": (L, G * K, D),
+        "wv": (L, G * K, D),
+    }
     shapes |= {"wo": (L, D, D), "feed_forward_norm": (L, D), "w1": (L, F, D), "w2": (L, D, F), "w3": (L, F, D)}
-    shapes |= {"final_norm": (D,)}
+    shapes |= {"final_norm": (D,)} | ({} if C > 0 else {"output": (-C, D)})
     drawn = {name: rng.normal(1.0 if "norm" in name else 0.0, 0.3, shape) for name, shape in shapes.items()}
     angles = np.arange(T)[:, None] * 10_000.0 ** (-np.arange(0, K, 2) / K)[None, :]
     drawn |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+    drawn |= {"output": drawn.pop("output")} if C < 0 else {}
     return {name: array.astype("<f4") for name, array in drawn.items()}
 
 
@@ -74,4 +81,4 @@ def forward(sizes: tuple[int, ...], w: dict[str, np.ndarray], tokens_T: np.ndarr
         y_TD = rms(x_TD, w["feed_forward_norm"][layer])
         inside = y_TD @ w["w1"][layer].T
         x_TD = x_TD + (inside / (1 + np.exp(-inside)) * (y_TD @ w["w3"][layer].T)) @ w["w2"][layer].T
-    return rms(x_TD, w["final_norm"]) @ w["embedding"].T
+    return rms(x_TD, w["final_norm"]) @ w.get("output", w["embedding"]).T

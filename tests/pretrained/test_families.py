@@ -21,7 +21,9 @@ KINDS = tuple(checkpoints.CONFIGS)
 ROWS = [np.random.default_rng(1).integers(0, 97, length) for length in (17, 9)]
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2", *(pytest.param(k, marks=SLOW) for k in ("bert_classifier", "llama"))])
+@pytest.mark.parametrize(
+    "kind", ["bert", "gpt2", *(pytest.param(k, marks=SLOW) for k in ("bert_classifier", "llama_untied"))]
+)
 def test_every_layer_is_that_of_the_forward_pass_in_float64(tmp_path: Path, kind: str):
     found = families.read(checkpoints.checkpoint(tmp_path / kind, kind))
     report = agreement(found, checkpoints.model_of(found), ROWS)
@@ -102,6 +104,49 @@ def test_shards_and_16_bits_are_read(tmp_path: Path):
         directory.read_tensors(folder)
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_an_encoder_or_decoder_without_a_head_keeps_its_layers_and_says_what_was_put_there(tmp_path: Path, kind: str):
+    whole = families.read(checkpoints.checkpoint(tmp_path / "whole", kind))
+    found = families.read(checkpoints.headless(tmp_path / "headless", kind))
+    (note,) = found.notes
+    assert whole.notes == () and ("no head" in note or "no output table" in note)
+    assert (found.task, found.model) == (whole.task, whole.model)
+    for part in whole.params.keys() - {"head"}:
+        jax.tree.map(np.testing.assert_array_equal, found.params[part], whole.params[part])
+    for theirs, ours in zip(whole.hidden_states(ROWS[1])[:-1], found.hidden_states(ROWS[1])[:-1], strict=True):
+        np.testing.assert_array_equal(theirs, ours)
+
+
+def test_heads_of_other_tasks_are_left_out_and_named(tmp_path: Path):
+    folder = checkpoints.headless(tmp_path / "bert", "bert")
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["BertForTokenClassification"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    _edit(folder, lambda tensors: tensors.update({"classifier.bias": np.ones(5, np.float32)}))
+    (note,) = families.read(folder).notes
+    assert note.endswith("left out: classifier.bias")
+    _edit(folder, lambda tensors: tensors.pop("encoder.layer.0.output.dense.bias"))
+    with pytest.raises(UserError, match=r"missing: bert\.encoder\.layer\.0\.output\.dense\.bias"):
+        families.read(folder)
+
+
+def test_classes_stand_in_the_order_of_the_labels_of_the_data(tmp_path: Path):
+    names = {"0": "LABEL_2", "1": "No", "2": "YES"}
+    found = families.read(checkpoints.checkpoint(tmp_path / "bert", "bert_classifier", id2label=names))
+    assert found.labels == ("LABEL_2", "No", "YES")
+    ours = families.relabelled(found, ("2", "YES", "no"))
+    logits, own = found.hidden_states(ROWS[0])[-1], ours.hidden_states(ROWS[0])[-1]
+    np.testing.assert_allclose(own, logits[[0, 2, 1]], rtol=0, atol=1e-14)  # float64, summed in another order
+    np.testing.assert_array_equal(ours.params["classes"]["bias"], found.params["classes"]["bias"][[0, 2, 1]])
+    assert ours.notes == () and families.written(checkpoints.run_of(ours), ours.params, ours.labels)[0]["id2label"] == {
+        "0": "2",
+        "1": "YES",
+        "2": "no",
+    }
+    other = families.relabelled(found, ("bad", "good", "so-so"))
+    assert other.notes[0].endswith("'bad' for 'LABEL_2', 'good' for 'No', 'so-so' for 'YES'")
+    np.testing.assert_array_equal(other.params["classes"]["bias"], found.params["classes"]["bias"])
+
+
 def _edit(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -132,7 +177,8 @@ def test_tensors_that_do_not_fit_are_one_line(tmp_path: Path, kind: str, change,
     [
         ("bert", {"hidden_act": "mish"}, "hidden_act='mish' cannot be built"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
-        ("bert", {"architectures": ["BertModel"]}, "has no head to run"),
+        ("bert", {"architectures": ["BertLMHeadModel"]}, "architectures='BertLMHeadModel' cannot be imported; BertFor"),
+        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings=False cannot be built; True can"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "rotary positions of type 'llama3'"),
         ("llama", {"mha_jax": {"heads": []}}, "mha_jax.heads lists 0 layers; the model has 2"),
