@@ -1,4 +1,4 @@
-"""Looks into the heads of every finished run of a sweep: `python -m experiments.heads all --workdir=DIR`.
+"""Looks into the heads of every finished run of a directory: `python -m experiments.heads all --workdir=DIR`.
 
 Runs --verbs on each run, one after the other in this process, and skips what a run has already by the same flags at the
 same step. Flags of a verb are given by --give, which may be repeated:
@@ -6,6 +6,7 @@ same step. Flags of a verb are given by --give, which may be repeated:
   python -m experiments.heads all --workdir=DIR --give="roles --treebank=en_ewt-ud-dev.conllu.gz"
   python -m experiments.heads table --workdir=DIR
 
+A directory that holds no sweep, as one of imported runs, gets no report; each run has its page, RUN/heads/index.html.
 A verb that cannot be run on a run is told at the end, and the others go on. RUN/heads/.given.json records
 {VERB: {"flags": [...], "step": N}}.
 """
@@ -14,6 +15,7 @@ import importlib
 import shlex
 
 from absl import flags
+from etils import epath
 
 from experiments import cli
 from mha_jax.specs import UserError
@@ -24,7 +26,7 @@ KNOWN = (*DEFAULT, "probe", "maps")
 
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Directory of a sweep.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Directory of a sweep, or one with runs.", flag_values=values)
     flags.DEFINE_list("verbs", list(DEFAULT), f"Of {', '.join(KNOWN)}, in this order.", flag_values=values)
     flags.DEFINE_multi_string("give", [], "A verb and its flags; adds the verb to --verbs.", flag_values=values)
     cli.parse(values, argv, __doc__)
@@ -32,18 +34,32 @@ def main(argv: list[str]) -> int:
         raise UserError("--workdir is missing: the directory of a sweep, for instance runs/default")
     given = _given(values.verbs, values.give)
 
-    from mha_jax.reporting import build_report, results  # matplotlib takes seconds to import
-    from mha_jax.sweeps.store import SweepDirectory
+    from mha_jax.reporting import build_report  # matplotlib takes seconds to import
 
-    workdir = SweepDirectory(values.workdir)
-    runs = [run for cell in results.read(workdir.path).done for run in cell.counted]
+    workdir = epath.Path(values.workdir)
+    is_sweep = (workdir / "sweep.json").exists()
+    runs = _of_sweep(workdir) if is_sweep else _lying_in(workdir)
     if not runs:
-        raise UserError(f"{workdir.path} has no finished run")
-    failed = [fault for run in runs for fault in _look(str(workdir.run_path(run.run)), given)]
-    print(f"report: {build_report(workdir.path)}")
+        raise UserError(f"{workdir} has no finished run")
+    failed = [fault for run in runs for fault in _look(str(run), given)]
+    if is_sweep:
+        print(f"report: {build_report(workdir)}")
     for fault in failed:
         cli.complain(fault)
     return 2 if failed else 0
+
+
+def _of_sweep(workdir: epath.Path) -> list[epath.Path]:
+    from mha_jax.reporting import results
+
+    return [workdir / "runs" / run.run for cell in results.read(workdir).done for run in cell.counted]
+
+
+def _lying_in(workdir: epath.Path) -> list[epath.Path]:
+    from mha_jax.sweeps.store import RunDirectory
+
+    found = [path for path in (workdir / "runs").glob("*") if (path / "config.json").exists()]
+    return [path for path in sorted(found) if RunDirectory(path).state == "done"]
 
 
 def _given(verbs: list[str], give: list[str]) -> dict[str, list[str]]:

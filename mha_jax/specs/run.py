@@ -135,7 +135,8 @@ class RunSpec:
         for part in self.training.freeze or ():
             if part not in parts:
                 raise UserError(f"training.freeze names {part!r}; task={self.task!r} has {', '.join(map(repr, parts))}")
-        if set(self.training.freeze or ()) == set(parts):
+        # A masked language model's head and a classifier's are of neither part.
+        if self.task in ("lm", "translation") and set(self.training.freeze or ()) == set(parts):
             raise UserError(f"training.freeze={self.training.freeze!r} leaves nothing to train")
 
     def _check_gates(self) -> None:

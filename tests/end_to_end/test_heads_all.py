@@ -36,6 +36,14 @@ def test_verbs_run_on_finished_runs_and_not_twice_by_the_same_flags(script, call
     assert [call[0] for call in calls] == ["redundancy"] * 2
 
 
+def test_runs_that_are_of_no_sweep_are_looked_into_without_a_report(script, calls, sweep):
+    done = sorted(f"--run={run.path}" for run in sweep.runs if run.state == "done")
+    (sweep.path / "sweep.json").unlink()
+    ended = script(heads.main, "all", f"--workdir={sweep.path}", "--verbs=importance")
+    assert ended.code == 0 and "report" not in ended.out
+    assert done and [call[1] for call in calls] == done
+
+
 def test_what_cannot_be_run_is_told_and_the_rest_goes_on(script, calls, sweep, monkeypatch):
     def refuse(argv):
         raise UserError("it has no heads")
@@ -59,6 +67,7 @@ def test_mistakes_are_one_line(script, tmp_path, sweep):
     assert "--workdir is missing" in script(heads.main, "all").complaint
     assert "--workdir is missing" in script(heads.main, "table").complaint
     assert "holds no sweep" in script(heads.main, "table", f"--workdir={tmp_path}").complaint
+    assert "has no finished run" in script(heads.main, "all", f"--workdir={tmp_path / 'none'}").complaint
     assert "has been looked into" in script(heads.main, "table", f"--workdir={sweep.path}").complaint
     where = f"--workdir={sweep.path}"
     assert "'grow' is no verb that looks into a run" in script(heads.main, "all", where, "--verbs=grow").complaint
