@@ -37,7 +37,7 @@ from mha_jax.sweeps import imported
 from mha_jax.sweeps.opening import open_run
 from mha_jax.training.metrics import read_metrics
 
-_TEXTS, _ROWS = 256, 4
+_TEXTS, _ROWS, _LENGTH = 256, 4, 256
 _KINDS = {"tokenizer.json": "json", "vocab.json": "gpt2", "vocab.txt": "wordpiece", "tokenizer.bin": "llama2c"}
 _BY_SUFFIX = {".json": "json", ".txt": "wordpiece", ".bin": "llama2c"}
 Checkpoint = families.Checkpoint | llama2c.Llama2c
@@ -49,7 +49,12 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("tokenizer", None, "Its tokenizer, where it is not beside it.", flag_values=values)
     flags.DEFINE_string("text", None, "A text file to look into its heads with.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Where the run goes to.", flag_values=values)
-    flags.DEFINE_integer("length", 256, "Tokens a row of the data; at most the model's positions.", flag_values=values)
+    flags.DEFINE_integer(
+        "length",
+        None,
+        f"Tokens a row of the data; default: the model's positions, at most {_LENGTH}.",
+        flag_values=values,
+    )
     cli.parse(values, argv, __doc__)
     source = _given(values, "from")
     kind, file = _tokenizer_file(source, values.tokenizer)
@@ -60,7 +65,8 @@ def main(argv: list[str]) -> int:
     if isinstance(checkpoint, families.Checkpoint) and checkpoint.labels and values.text:
         known, _ = files.labelled({"train": str(text)})
         checkpoint = families.relabelled(checkpoint, known)
-    config = _config(source, checkpoint, (kind, file), text, values.length)
+    length = values.length or min(checkpoint.model["max_length"], _LENGTH)
+    config = _config(source, checkpoint, (kind, file), text, length)
     if not values.text and not text.exists():
         if checkpoint.task != "lm":
             raise UserError(f"--text is missing: a model of task={checkpoint.task!r} cannot write its own")

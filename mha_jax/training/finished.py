@@ -46,6 +46,7 @@ def parent_state(run: RunSpec) -> State:
 
     Learned gates are not among them: those start anew. A head that the parent has closed stays closed. A parent of
     another task with the same attentions, as a masked language model is for a classifier, gives its tokens and stacks.
+    An imported run gives its weights to every seed.
 
     Raises: UserError, before anything is compiled, where the directory is no finished run's, its name is not that of
     its config, it lacks a seed, has learned gates of its own, or has other shapes.
@@ -61,7 +62,8 @@ def parent_state(run: RunSpec) -> State:
             f"training.start_from={str(directory)!r} must keep the name that it was trained under, which ends with "
             f"{configs.config_hash(config)}"
         )
-    missing = [seed for seed in run.seeds if seed not in parent.seeds]
+    imported = (parent.parent or {}).get("surgery") == "import"  # its one seed stands for nothing
+    missing = [] if imported else [seed for seed in run.seeds if seed not in parent.seeds]
     if missing:
         raise UserError(f"training.start_from: {directory.name} has seeds {list(parent.seeds)}, and not {missing[0]}")
     if parent.gates.kind != "none":
@@ -71,7 +73,7 @@ def parent_state(run: RunSpec) -> State:
         )
     _check_shapes(directory.name, parent, run)
     finished = restore_finished(directory, parent)
-    chosen = [parent.seeds.index(seed) for seed in run.seeds]
+    chosen = [0 if imported else parent.seeds.index(seed) for seed in run.seeds]
     return jax.tree.map(
         lambda leaf: leaf[jax.numpy.asarray(chosen)],
         {"params": finished.params, "constants": finished.state["constants"]},

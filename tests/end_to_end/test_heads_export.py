@@ -6,11 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import default
-from experiments import heads
+from experiments import heads, train
 from mha_jax import config as configs
 from mha_jax.pretrained import families
-from mha_jax.sweeps.cell import Exit, run_cell
 from mha_jax.sweeps.opening import open_run
 from mha_jax.sweeps.store import RunDirectory
 from mha_jax.training.finished import parent_state, with_parent
@@ -86,23 +84,23 @@ def test_a_classifier_starts_from_an_imported_bert(script, bert, text, tmp_path)
     check_round_trip(script, parent, text, tmp_path)
     labelled = tmp_path / "labelled.tsv"
     labelled.write_text("".join(f"yes\tabc ab {'a' * (n % 3)}\nno\tfgh gj {'g' * (n % 3)}\n" for n in range(40)))
-    values = {f"model.{name}": value for name, value in families.read(bert).model.items()}
-    values |= {"model.pooling": "first", "name": "tuned", "task": "classification", "seeds": (0,)}
-    values |= {"data.source": "labelled", "data.files.train": str(labelled), "data.num_classes": 2, "data.length": 16}
-    values |= {"data.tokenizer": "wordpiece", "data.tokenizer_file": str(bert / "vocab.txt")}
-    values |= {"data.vocab_size": len(PIECES), "training.start_from": str(parent), "training.steps": 20}
-    values |= {"training.eval_every": 10, "training.log_every": 1, "optimizer.warmup_steps": 0}
-    config = configs.override(default.get_config(), values | {"optimizer.learning_rate": 1e-2})
-    run = configs.resolve(config)
+    values = {"data.files.train": labelled, "data.num_classes": 2, "seeds": "(3,5)", "training.steps": 20}
+    values |= {"training.log_every": 1, "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-2}
+    given = [f"--config.{name}={value}" for name, value in values.items()]
+    where = [f"--config=configs/finetune.py:{parent}", f"--workdir={tmp_path / 'tuned'}", "--noprogress"]
+    ended = script(train.main, *where, *given)
+    assert ended.code == 0, ended.err
+    (path,) = (tmp_path / "tuned" / "runs").iterdir()
+    run = configs.resolve(RunDirectory(path).config)
+    assert run.model.pooling == "first" and run.seeds == (3, 5)
     start = with_parent(init_state(run), parent_state(run))
     for part in ("tokens", "encoder"):
-        first = jax.tree.map(lambda leaf: leaf[0], start["params"][part])
-        jax.tree.map(np.testing.assert_array_equal, first, families.read(bert).params[part])
-    directory = RunDirectory.create(tmp_path / "w" / "runs" / configs.run_id(config, {}), config)
-    assert run_cell(directory, progress=False) == Exit.DONE
-    rows = read_metrics(directory.path / "metrics.jsonl")[0]
+        for seed in range(2):
+            own = jax.tree.map(lambda leaf, seed=seed: leaf[seed], start["params"][part])
+            jax.tree.map(np.testing.assert_array_equal, own, families.read(bert).params[part])
+    rows = read_metrics(path / "metrics.jsonl")[0]
     losses = [row["value"] for row in rows if (row["split"], row["name"]) == ("train", "loss")]
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert len(losses) == 2 * 20 and np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
 
 
 def test_what_is_wrong_is_one_line_and_nothing_is_written(script, bert, tmp_path):
