@@ -1,5 +1,6 @@
 """The pure step: it learns, its loss is the textbook's, and a broken step changes nothing and is named."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import scipy.special
 
+from mha_jax.benchmarks.train_step import language_model
 from mha_jax.models.losses import token_losses
 from mha_jax.training.diagnosis import first_non_finite
+from mha_jax.training.parallel import make_program
 from mha_jax.training.step import init_state, train_step
 from tests import tiny
 
@@ -36,6 +39,30 @@ def test_a_tiny_model_memorises_one_batch(task):
         state, metrics = step(state, batch)
         losses.append(np.asarray(metrics["loss"]))
     assert (losses[-1] < 0.25 * losses[0]).all(), (losses[0], losses[-1])
+
+
+@pytest.fixture
+def optimised():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.slow
+def test_a_seed_alone_takes_the_bits_that_it_takes_among_others(optimised):
+    # A size at which the compiler, left to itself, fuses one seed otherwise than three.
+    spec = language_model(num_heads=4, num_layers=1, d_model=32, d_ff=128, length=32, batch_size=8)
+    alone, among = (dataclasses.replace(spec, seeds=seeds) for seeds in ((0,), (0, 1, 2)))
+    ends = []
+    for spec in (alone, among):
+        program = make_program(spec, jax.devices()[:1])
+        state = program.init()
+        for batch in tiny.batches(spec, 2):
+            state, _ = program.step(state, batch)
+        ends.append(state)
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
 
 
 @pytest.mark.slow
