@@ -49,9 +49,9 @@ def checkpoint(folder: Path, kind: str, vocab_size: int = 97, seed: int = 0, **c
     return folder
 
 
-def headless(folder: Path, kind: str, vocab_size: int = 97) -> Path:
+def headless(folder: Path, kind: str, vocab_size: int = 97, **changes: Any) -> Path:
     """The checkpoint of `kind` as that of its BertModel or LlamaModel: no head, and names without their prefix."""
-    checkpoint(folder, kind, vocab_size)
+    checkpoint(folder, kind, vocab_size, **changes)
     config, tensors = (folder / "config.json"), load_file(folder / "model.safetensors")
     prefix, name = {"bert": ("bert.", "BertModel"), "llama": ("model.", "LlamaModel")}[kind]
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": [name]}))
