@@ -13,6 +13,7 @@ A verb that cannot be run on a run is told at the end, and the others go on. RUN
 
 import importlib
 import shlex
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -79,13 +80,12 @@ def _given(verbs: list[str], give: list[str]) -> dict[str, list[str]]:
 
 def _look(path: str, given: dict[str, list[str]]) -> list[str]:
     """Runs what the run lacks. Returns what could not be run, and why."""
-    from mha_jax.sweeps.store import RunDirectory, read_json, write_json
+    from mha_jax.sweeps.store import RunDirectory, write_json
 
     run, failed = RunDirectory(path), []
     file, step = run.path / "heads" / ".given.json", run.status.get("step")
     for verb, rest in given.items():
-        had = read_json(file) if file.exists() else {}
-        if had.get(verb) == {"flags": rest, "step": step}:
+        if _had(file).get(verb) == {"flags": rest, "step": step}:
             print(f"{run.run_id}: {verb} is there")
             continue
         print(f"{run.run_id}: {verb}", flush=True)
@@ -95,5 +95,12 @@ def _look(path: str, given: dict[str, list[str]]) -> list[str]:
         except UserError as error:
             failed.append(f"{run.run_id}: {verb}: {error}")
             continue
-        write_json(file, {**had, verb: {"flags": rest, "step": step}})
+        # Read anew: another process may have run another verb meanwhile.
+        write_json(file, {**_had(file), verb: {"flags": rest, "step": step}})
     return failed
+
+
+def _had(file: epath.Path) -> dict[str, Any]:
+    from mha_jax.sweeps.store import read_json
+
+    return read_json(file) if file.exists() else {}

@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, texts
+from experiments.verbs.importance import even_batches
 from mha_jax.heads.capture import attentions, head_statistics, kind_of
 from mha_jax.heads.maps import example_maps
 from mha_jax.specs import UserError
@@ -66,7 +67,7 @@ def _write(values: flags.FlagValues) -> None:
 
 def _entropies(opened: OpenedRun, model: "Model", values: flags.FlagValues) -> dict[str, list[float]]:
     """{attention: nats of each head}, the mean over real queries."""
-    found = [jax.device_get(_statistics(model, batch)) for batch in opened.batches(values.split, values.batches)]
+    found = [jax.device_get(_statistics(model, batch)) for batch in even_batches(opened, values.split, values.batches)]
     mean = {}
     for name in attentions(model):
         queries = max(sum(float(one[name].count) for one in found), 1.0)

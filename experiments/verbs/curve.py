@@ -21,7 +21,8 @@ import numpy as np
 from absl import flags
 
 from experiments import cli, surgery
-from mha_jax.heads.capture import kind_of
+from experiments.verbs.importance import even_batches
+from mha_jax.heads.capture import Batch, kind_of
 from mha_jax.heads.pruning import Scores, masked_sums, masks, removal_order
 from mha_jax.heads.surgery import edit, head_shapes
 from mha_jax.reporting.heads import write_page
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     surgery.define_run(values)
     surgery.define_order(values)
     flags.DEFINE_string("eval_split", "validation", "Where the curve is measured.", flag_values=values)
-    flags.DEFINE_integer("limit", None, "At most so many batches of it.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("limit", None, "So many batches, evenly from it; default: all.", 1, flag_values=values)
     flags.DEFINE_integer("points", 10, "In how many steps all heads go.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("draws", 3, "How many random orders a seed.", lower_bound=1, flag_values=values)
     flags.DEFINE_list("kinds", None, "all, encoder, decoder, cross; default: all the model has.", flag_values=values)
@@ -84,7 +85,7 @@ class Curve:
 def _curves(opened: OpenedRun, seed: int, kinds: list[str], values: flags.FlagValues) -> Iterator[Curve]:
     """Every curve of one seed, with loss and accuracy in its rows."""
     model, shapes = opened.model(seed), head_shapes(opened.run)
-    batches = list(opened.batches(values.eval_split, values.limit))
+    batches = measured_on(opened, values.eval_split, values.limit)
     for order, draw, found in _orders(opened, seed, values):
         for kind in kinds:
             chosen = {name: score_H for name, score_H in found.items() if kind in ("all", kind_of(name))}
@@ -110,6 +111,11 @@ def _curves(opened: OpenedRun, seed: int, kinds: list[str], values: flags.FlagVa
                 ],
                 mask,
             )
+
+
+def measured_on(opened: OpenedRun, split: str, limit: int | None) -> list[Batch]:
+    """The split, which may lie in order of length, or so many batches of all lengths."""
+    return list(opened.batches(split)) if limit is None else even_batches(opened, split, limit)
 
 
 def _orders(opened: OpenedRun, seed: int, values: flags.FlagValues) -> Iterator[tuple[str, int, Scores]]:

@@ -3,10 +3,11 @@
   python -m experiments.heads redundancy --run=DIR [--other=DIR] [--seed=N] [--split=validation] [--batches=4]
       [--measure=js|cka|angles|weights|all] [--cut=DISTANCE]
 
-The first half of 2 * batches finds heads that are alike, the other half measures the loss without them. Heads are those
-of the first seed (or --seed), matched with those of the other seeds and of --other, a run on the same data. Suggestions
-come from linear CKA, or from the one measure that is named. Writes RUN/heads/redundancy.{json,csv,svg,png} and the page
-RUN/heads/index.html; the JSON is documented in mha_jax/reporting/redundancy.py.
+Of 2 * batches, taken evenly from the split, every other one finds heads that are alike, and the rest measure the loss
+without them. Heads are those of the first seed (or --seed), matched with those of the other seeds and of --other, a run
+on the same data. Suggestions come from linear CKA, or from the one measure that is named. Writes
+RUN/heads/redundancy.{json,csv,svg,png} and the page RUN/heads/index.html; the JSON is documented in
+mha_jax/reporting/redundancy.py.
 """
 
 import csv
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
 
 def _study(values: flags.FlagValues) -> None:
     # matplotlib and JAX take seconds to import.
+    from experiments.verbs.importance import even_batches
     from mha_jax.heads.matching import match_layers, match_models
     from mha_jax.heads.redundancy import CUTS, find_twins, measure_effects, written_grams
     from mha_jax.heads.similarity import MEASURES, compare
@@ -72,9 +74,9 @@ def _study(values: flags.FlagValues) -> None:
     if other is not None:
         _check_same_data(opened, other)
         others[f"{other.directory.run_id} seed {other.run.seeds[0]}"] = other.model(other.run.seeds[0])
-    batches = list(opened.batches(values.split, 2 * values.batches))
+    batches = even_batches(opened, values.split, 2 * values.batches)
     held_out = len(batches) >= 4
-    first, second = (batches[: len(batches) // 2], batches[len(batches) // 2 :]) if held_out else (batches, batches)
+    first, second = (batches[::2], batches[1::2]) if held_out else (batches, batches)
 
     found = compare(model, first, measures)
     if not found:

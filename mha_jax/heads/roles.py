@@ -131,13 +131,13 @@ class RoleTable:
         heads = len(next(iter(self.mean.values())))
         return [self._one({role for role, has in held.items() if has[head]}, head) for head in range(heads)]
 
-    def nearest(self) -> tuple[list[str | None], np.ndarray]:
+    def nearest(self, but: Sequence[str] = ()) -> tuple[list[str | None], np.ndarray]:
         """The role of where each head looks that is most above chance, held or not, and how far above it is, [H].
 
         How far is (score - chance) / (1 - chance): 0 at chance, 1 for a head that does nothing else. Where no interval
-        is above chance it is 0, and the role None.
+        is above chance it is 0, and the role None. `but` are roles that do not count.
         """
-        names = [name for name in self.mean if name not in GENERAL]
+        names = [name for name in self.mean if name not in (*GENERAL, *but)]
         above_RH = np.stack([np.where(self.low[n] > self.chance[n], self._above(n), 0) for n in names])
         most_H = above_RH.max(axis=0)
         roles = ["induction" if names[r] == REPEATED else names[r] for r in above_RH.argmax(axis=0)]

@@ -43,6 +43,9 @@ MEASURES = {
         "role strength", 2, "how far above chance each head's most marked role of where it looks is, (score − chance) "
         "/ (1 − chance), mean over heads; no threshold decides it"
     ),
+    "role_strength_elsewhere": Measure(
+        "strength elsewhere", 2, "the same where attention of a token to itself is no role: that is scarcely a look"
+    ),
     "similarity": Measure(
         "similarity in a layer", 2, "of two heads of one attention (redundancy.json), mean over pairs and layers"
     ),
@@ -149,9 +152,10 @@ def _roles(told: Mapping[str, Any]) -> Numbers:
         yield seed, "heads_with_role", float(counts.sum())
         yield seed, "share_with_role", float(counts.sum() / max(len(roles), 1))
         yield seed, "role_entropy", float(-(shares * np.log(shares)).sum()) + 0.0
-        strengths = [x for own in one["attentions"].values() for x in own.get("strength", ())]
-        if strengths:
-            yield seed, "role_strength", float(np.mean(strengths))
+        for part in ("strength", "strength_elsewhere"):
+            strengths = [x for own in one["attentions"].values() for x in own.get(part, ())]
+            if strengths:
+                yield seed, f"role_{part}", float(np.mean(strengths))
 
 
 def _redundancy(told: Mapping[str, Any]) -> Numbers:

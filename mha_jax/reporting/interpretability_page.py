@@ -51,7 +51,8 @@ def _line(row: Row, names: tuple[str, ...]) -> tuple[str, ...]:
 def _mean(one: Estimate | None, decimals: int) -> str:
     if one is None:
         return "–"
-    return f"{one.mean:.{decimals}f}" + ("" if one.half_width is None else f" ± {one.half_width:.{decimals}f}")
+    text = f"{one.mean:.{decimals}f}" + ("" if one.half_width is None else f" ± {one.half_width:.{decimals}f}")
+    return text.replace("-", "−")
 
 
 def _difference(one: Estimate | None, decimals: int) -> str:

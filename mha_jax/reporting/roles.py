@@ -48,7 +48,7 @@ def record(found: Mapping[int, SeedFound], thresholds: Thresholds, facts: Mappin
                    "scores": {ROLE: {"mean", "low", "high", "chance"}}: lists of H numbers, null where nothing counts,
                    "role": the dominant role of each head or null, "roles": all that each head has,
                    "nearest": the role of where it looks that is most above chance, held or not, "strength": how far,
-                   from 0 to 1,
+                   from 0 to 1; "strength_elsewhere": how far the most marked role but "same" is,
                    "shapes": {SHAPE: {"mean", "low", "high": lists of H shares of examples, "even": a share}} or null}}
                    A head that is "syntactic" is the best one of a relation, 10 points above the best offset.
       relations    [{"relation", "direction", "head": "encoder/0/attention:1", "searched", "accuracy", "offset",
@@ -94,6 +94,7 @@ def _attention(name: str, found: Found, thresholds: Thresholds, syntactic: set[s
     counts = {"heads": len(role), "examples": found.examples}
     nearest, strength = table.nearest()
     found_roles = {"role": role, "roles": roles, "nearest": nearest, "strength": _numbers(strength)}
+    found_roles["strength_elsewhere"] = _numbers(table.nearest(but=("same",))[1])
     return {**counts, "scores": scores, **found_roles, "shapes": shapes}
 
 
@@ -127,7 +128,7 @@ def rows(told: Mapping[str, Any]) -> list[dict[str, Any]]:
             for head in range(own["heads"]):
                 row = {"run": told["run"], "seed": seed, "kind": kind_of(name), "layer": layer_of(name), "head": head}
                 row |= {"role": own["role"][head], "roles": " ".join(own["roles"][head])}
-                row |= {part: own[part][head] for part in ("nearest", "strength")}
+                row |= {part: own[part][head] for part in ("nearest", "strength", "strength_elsewhere")}
                 for role, score in own["scores"].items():
                     row |= {f"{role} {part}".removesuffix(" mean"): x[head] for part, x in score.items()}
                 for shape, score in (own["shapes"] or {}).items():

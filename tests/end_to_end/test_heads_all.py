@@ -1,11 +1,12 @@
 """The verbs `all` and `table`: which verbs run on which runs, what is skipped, and what they refuse."""
 
 import pytest
+from etils import epath
 
 from experiments import heads
 from experiments.verbs import importance, redundancy
 from mha_jax.specs import UserError
-from mha_jax.sweeps.store import write_json
+from mha_jax.sweeps.store import read_json, write_json
 from tests.reporting.conftest import write_sweep
 
 
@@ -34,6 +35,16 @@ def test_verbs_run_on_finished_runs_and_not_twice_by_the_same_flags(script, call
     assert "importance is there" in script(heads.main, *given).out and not calls
     assert script(heads.main, *given[:3], "--give=redundancy --batches=3").code == 0
     assert [call[0] for call in calls] == ["redundancy"] * 2
+
+
+def test_what_another_process_looked_into_meanwhile_stays_recorded(script, sweep, monkeypatch):
+    def meanwhile(argv):
+        write_json(epath.Path(argv[1].removeprefix("--run=")) / "heads" / ".given.json", {"curve": {"flags": []}})
+
+    monkeypatch.setattr(importance, "main", meanwhile)
+    assert script(heads.main, "all", f"--workdir={sweep.path}", "--verbs=importance").code == 0
+    files = [run.path / "heads" / ".given.json" for run in sweep.runs if run.state == "done"]
+    assert [read_json(file).keys() for file in files] == [{"curve", "importance"}] * 2
 
 
 def test_runs_that_are_of_no_sweep_are_looked_into_without_a_report(script, calls, sweep):

@@ -1,6 +1,7 @@
 """Runs made out of runs: smaller or larger, opened with one call, trained on; bad input leaves everything as it is."""
 
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import heads, train
+from experiments.verbs.curve import measured_on
 from mha_jax.sweeps.opening import open_run
 from mha_jax.sweeps.store import RunDirectory
 from tests.end_to_end.conftest import _CACHE_SETTINGS
@@ -157,6 +159,13 @@ def test_a_run_made_twice_is_refused_and_one_without_its_checkpoint_is_not_drawn
             file.unlink()
     RunDirectory(path).update(state="stopped")
     assert "has no other start" in script(train.main, f"--run={path}").complaint
+
+
+def test_a_curve_over_a_part_of_the_split_reads_texts_of_all_lengths():
+    batches = [{"number": n, "weights": np.ones((2, 3 + n))} for n in range(9)]  # the shortest texts first
+    opened = types.SimpleNamespace(batches=lambda split: iter(batches))
+    assert [one["number"] for one in measured_on(opened, "validation", 3)] == [0, 4, 8]
+    assert len(measured_on(opened, "validation", None)) == 9
 
 
 @pytest.mark.slow

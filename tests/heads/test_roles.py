@@ -104,6 +104,7 @@ def test_a_head_that_does_it_four_times_in_five_is_found_with_that_score():
     [nearest], [strength] = found.nearest()
     score, chance = (part["previous"][0] for part in (found.mean, found.chance))
     assert found.dominant()[0] == "narrow" and nearest == "previous"
+    assert found.nearest(but=("previous",))[0] == ["same"]  # one time in five
     assert strength == pytest.approx((score - chance) / (1 - chance))
 
 

@@ -15,7 +15,7 @@ def write_heads(heads, *, roles):
     """Three seeds of two attentions of two heads; `roles` are those of the four heads, one list a seed."""
     seeds = {str(s): {"attentions": {A: {"role": own[:2]}, B: {"role": own[2:]}}} for s, own in enumerate(roles)}
     for one in seeds["0"]["attentions"].values():
-        one["strength"] = [0.9, 0.2]
+        one |= {"strength": [0.9, 0.2], "strength_elsewhere": [0.1, 0.0]}
     seeds["0"]["attentions"][B]["strength"] = [0.1, 0.0]
     write_json(heads / "roles.json", {"seeds": seeds})
     write_json(heads / "redundancy.json", {"within_layers": {"0": {A: 0.5, B: 0.1}, "1": {A: 0.2}, "2": {}}})
@@ -39,6 +39,7 @@ def test_numbers_of_a_run_are_those_of_its_files(tmp_path):
     assert found["heads_with_role"] == {0: 3, 1: 0} and found["share_with_role"] == {0: 0.75, 1: 0}
     assert found["role_entropy"] == {0: pytest.approx(entropy), 1: 0}
     assert found["role_strength"] == {0: pytest.approx(0.3)}  # files of before have none
+    assert found["role_strength_elsewhere"] == {0: pytest.approx(0.05)}
     assert found["similarity"] == {0: pytest.approx(0.3), 1: 0.2}  # a seed without pairs has no number
     assert found["free_alone"] == {0: 0.5}  # one is not significant, one lowers the loss
     assert found["removable"] == {2: 1} and found["share_removable"] == {2: 0.25}  # the third point is too high

@@ -53,7 +53,7 @@ def test_record_names_roles_and_what_is_syntactic(told):
     assert first["role"] == ["previous", "broad", "syntactic"] and second["role"] == [None, "broad", None]
     assert first["roles"] == [["previous"], ["broad"], ["syntactic"]]
     assert first["nearest"] == ["previous", None, None] and second["nearest"] == ["previous", None, None]
-    assert second["strength"] == [pytest.approx(0.4 / 0.9, abs=1e-6), 0, 0]
+    assert second["strength"] == second["strength_elsewhere"] == [pytest.approx(0.4 / 0.9, abs=1e-6), 0, 0]
     assert first["scores"]["previous"]["low"] == [0.94, 0.09, 0.09]
     assert first["scores"]["next"]["mean"] == [None] * 3
     assert first["shapes"]["diagonal"]["mean"] == [1, 1, 1] and first["shapes"]["heterogeneous"]["even"] == 1
