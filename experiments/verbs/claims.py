@@ -1,7 +1,8 @@
 """What a paper says about heads, checked: `python -m experiments.heads claims --run=DIR --config=configs/X.py`.
 
-Reads RUN/heads/importance.json, curve.json and roles.json, which the verbs write, and get_cuts() of the config file;
-writes RUN/heads/claims.json and claims.md. Each is held, not held or undecided, by a 95 % interval over seeds.
+Reads RUN/heads/importance.json, curve.json, roles.json and probes.json, which the verbs write, and get_cuts() of the
+config file; writes RUN/heads/claims.json and claims.md. Each is held, not held or undecided, by a 95 % interval over
+seeds.
 """
 
 import dataclasses

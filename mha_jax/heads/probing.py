@@ -73,10 +73,21 @@ def label_words(task: str, files: Sequence[Sequence[Word]], seed: int = 0) -> tu
     if task not in TASKS:
         raise UserError(f"there is no probing task {task!r}; there are {', '.join(TASKS)}")
     asked = [[(i, word.form, TASKS[task](word)) for i, word in enumerate(words)] for words in files]
-    asked = [[(i, form, label) for i, form, label in part if label is not None] for part in asked]
+    return number_labels(
+        task, [[(i, form, label) for i, form, label in part if label is not None] for part in asked], seed
+    )
+
+
+def number_labels(
+    task: str, asked: Sequence[Sequence[tuple[int, str, str]]], seed: int
+) -> tuple[tuple[str, ...], list[Labels]]:
+    """The classes of the first file and the labels of every one, from (place, form, label) of what is asked about.
+
+    Raises: UserError where the first file has fewer than two classes, or another none.
+    """
     classes, counts = np.unique([label for _, _, label in asked[0]], return_counts=True)
     if len(classes) < 2 or not all(asked):
-        raise UserError(f"task {task} needs words of two classes to train on, and words to choose and to score on")
+        raise UserError(f"task {task} needs two classes to train on, and examples to choose and to score on")
     numbers = {name: i for i, name in enumerate(classes.tolist())}
     forms = sorted({form for part in asked for _, form, _ in part})
     drawn = np.random.default_rng(seed).choice(len(classes), len(forms), p=counts / counts.sum())
@@ -167,8 +178,8 @@ def _log2(probes: Probes, x_HNV: jax.Array, label_N: jax.Array) -> jax.Array:
 
 
 class TaskFound(NamedTuple):
-    """One task: its classes, words to train, choose and score on, the accuracy of the most frequent class, and the
-    probes of the embedding layer (as one head) and of every attention's heads."""
+    """One task: its classes, words (or sentences) to train, choose and score on, the accuracy of the most frequent
+    class, and the probes of the embedding layer (as one head) and of every attention's heads."""
 
     classes: tuple[str, ...]
     words: tuple[int, ...]
@@ -180,24 +191,28 @@ class TaskFound(NamedTuple):
 def probe_all(task: str, train: WordFeatures, dev: WordFeatures, test: WordFeatures, mdl: bool = False) -> TaskFound:
     """One task by all heads of all attentions, and by the embedding layer.
 
-    Attentions whose heads have the same width are trained together.
-
     Raises: UserError as `label_words` does.
     """
-    files = (train, dev, test)
-    classes, labels = label_words(task, [one.words for one in files])
+    classes, labels = label_words(task, [one.words for one in (train, dev, test)])
+    return probe_labelled(classes, labels, (train, dev, test), mdl)
+
+
+def probe_labelled(
+    classes: Sequence[str], labels: Sequence[Labels], files: Sequence[WordFeatures], mdl: bool = False
+) -> TaskFound:
+    """As `probe_all`, from the labels of the three files. Attentions with heads of one width are trained together."""
     found: dict[str, Scores] = {}
-    for names in _same_width(train.heads):
+    for names in _same_width(files[0].heads):
         joined = [np.concatenate([one.heads[name] for name in names], axis=1) for one in files]
         parts = [split(*each) for each in zip(files, joined, labels, strict=True)]
         scores = probe(parts[0], parts[1], parts[2], len(classes), mdl)
-        counts = [train.heads[name].shape[1] for name in names]
+        counts = [files[0].heads[name].shape[1] for name in names]
         found |= dict(zip(names, _parted(scores, counts), strict=True))
     parts = [split(one, one.embedding[:, None], own) for one, own in zip(files, labels, strict=True)]
     embedding = probe(parts[0], parts[1], parts[2], len(classes), mdl)
     words = tuple(len(own.words) for own in labels)
-    heads = {name: found[name] for name in train.heads}
-    return TaskFound(classes, words, majority(labels[0], labels[2]), embedding, heads)
+    heads = {name: found[name] for name in files[0].heads}
+    return TaskFound(tuple(classes), words, majority(labels[0], labels[2]), embedding, heads)
 
 
 def _same_width(heads: Mapping[str, np.ndarray]) -> list[list[str]]:

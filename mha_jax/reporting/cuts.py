@@ -1,4 +1,4 @@
-"""What a paper says about heads, checked against RUN/heads/importance.json, curve.json and roles.json.
+"""What a paper says about heads, checked against RUN/heads/importance.json, curve.json, roles.json and probes.json.
 
 A claim is a dict `{"text", "less", "than", "margin"}`: `less` + margin is below `than`, seed by seed. Each of the two
 is a number of every seed, described by a dict:
@@ -11,6 +11,8 @@ is a number of every seed, described by a dict:
   {"relation": NAME, "part"}                      of a relation's best head "accuracy", "gain", or "baseline": the best
                                                   offset's accuracy; all as shares
   {"shapes": [SHAPE, ...]}                        the share of attention maps that have one of these shapes
+  {"graph": PART}                                 an attachment score of the attention-graph probe, as a share: "probe",
+                                                  "right_branching", "best_offset" or "best_head"
   {"value": x}                                    a number that the claim names itself
 """
 
@@ -36,7 +38,7 @@ def check_cuts(claims: Sequence[Mapping[str, Any]], directory: epath.PathLike) -
     point or a second seed. Raises: UserError for a claim that is not understood.
     """
     found = {}
-    for name in ("importance", "curve", "roles"):
+    for name in ("importance", "curve", "roles", "probes"):
         file = epath.Path(directory) / f"{name}.json"
         found[name] = read_json(file) if file.exists() else None
     return [_check(claim, found) for claim in claims]
@@ -95,8 +97,11 @@ def _values(point: Point, found: Mapping[str, Any]) -> dict[Any, float]:
         return _relation(point, found["roles"])
     if "shapes" in point:
         return _shapes(point, found["roles"])
+    if "graph" in point:
+        return _graph(point, found["probes"])
     raise UserError(
-        f"{dict(point)!r} is no point; known are curve, significant, best_alone, helped, relation, shapes and value"
+        f"{dict(point)!r} is no point; known are curve, significant, best_alone, helped, relation, shapes, graph and "
+        "value"
     )
 
 
@@ -165,6 +170,11 @@ def _shapes(point: Point, roles: Any) -> dict[Any, float]:
     return shares
 
 
+def _graph(point: Point, probes: Any) -> dict[Any, float]:
+    graphs = {seed: one.get("graph") for seed, one in _seeds(probes).items()}
+    return {seed: graph[point["graph"]]["mean"] for seed, graph in graphs.items() if graph}
+
+
 def _seeds(told: Any) -> dict[int, Any]:
     return {} if told is None else {int(seed): one for seed, one in told["seeds"].items()}
 
@@ -183,6 +193,8 @@ def _label(point: Point) -> str:
     if "relation" in point:
         whose = "best offset" if point["part"] == "baseline" else "best head"
         return f"{point['part']} of the {whose}, {point['relation']}"
+    if "graph" in point:
+        return f"attachment score, {point['graph'].replace('_', ' ')}"
     if "shapes" in point:
         return f"share of maps that are {' or '.join(point['shapes'])}"
     layer = point.get("layer")

@@ -1,6 +1,6 @@
 """What probes read out of heads as a record for JSON, as rows, as tables, and as heat maps of layers by heads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import matplotlib as mpl
@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
 from mha_jax.heads.capture import kind_of, layer_of
+from mha_jax.heads.graph_probe import GraphFound
+from mha_jax.heads.intervals import Estimate
 from mha_jax.heads.probing import Scores, TaskFound
 from mha_jax.reporting.canvas import OURS, PAGE, STYLE, panels, save
 
@@ -17,21 +19,47 @@ _COLOURS = LinearSegmentedColormap.from_list("probes", [PAGE, OURS, "#12365f"])
 _COLUMNS = ("accuracy", "low", "high", "control", "selectivity", "selectivity_low", "selectivity_high", "l2")
 
 
-def record(found: Mapping[int, Mapping[str, TaskFound]], facts: Mapping[str, Any]) -> dict[str, Any]:
+def record(
+    found: Mapping[int, Mapping[str, TaskFound]], graphs: Mapping[int, GraphFound], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """What probes.json holds.
 
-    facts   "run", "step", "treebank", "treebank_dev", "treebank_test", "left_out": {file: names of sentences}
+    facts   "run", "step", "treebank", "treebank_dev", "treebank_test", "labels", "labels_dev", "labels_test" (those
+            that were given), "left_out": {file: names of sentences}
     seeds   {SEED: {"tasks": {TASK: {"classes": [...], "words": {"train", "dev", "test"}, "majority": accuracy of the
-            most frequent class, "embedding": SCORES of one head, the token embeddings, "heads": {ATTENTION: SCORES}}}}}
+            most frequent class, "embedding": SCORES of one head, the token embeddings, "heads": {ATTENTION: SCORES}}},
+            "graph": GRAPH, null without --graph}}
+            The task "label" is that of --labels; its "words" are sentences.
 
     SCORES is {"accuracy", "low", "high", "control", "selectivity", "selectivity_low", "selectivity_high", "l2",
     "bits"}: lists of one number a head. Intervals are 95 %, by the bootstrap over test sentences; "bits" is the online
     code of the training labels, null without --mdl; a uniform code has words.train * log2(classes).
+
+    GRAPH is {"probe", "right_branching", "best_offset", "best_head", "over_head", "over_right"}, each {"mean", "low",
+    "high"}: unlabelled attachment scores, and what the probe is above two of them; "offset", "head" and "direction" of
+    the best; "words": {"train", "test"}; "w" and "u": {ATTENTION: [...]}, the weights. See heads/graph_probe.py.
     """
     seeds = {
-        str(seed): {"tasks": {task: _task(one) for task, one in by_task.items()}} for seed, by_task in found.items()
+        str(seed): {
+            "tasks": {task: _task(one) for task, one in by_task.items()},
+            "graph": _graph(graphs[seed]) if seed in graphs else None,
+        }
+        for seed, by_task in found.items()
     }
     return {**facts, "seeds": seeds}
+
+
+def _graph(found: GraphFound) -> dict[str, Any]:
+    estimates = {name: one for name, one in found._asdict().items() if isinstance(one, Estimate)}
+    return {
+        **{name: {part: round(float(x), 6) for part, x in one._asdict().items()} for name, one in estimates.items()},
+        "offset": found.offset,
+        "head": str(found.head),
+        "direction": found.direction,
+        "words": dict(zip(("train", "test"), found.words, strict=True)),
+        "w": {name: [round(float(x), 4) for x in weights] for name, weights in found.w.items()},
+        "u": {name: [round(float(x), 4) for x in weights] for name, weights in found.u.items()},
+    }
 
 
 def _task(found: TaskFound) -> dict[str, Any]:
@@ -63,7 +91,7 @@ def rows(told: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def tables(told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A table for the page and the terminal: {"caption", "columns", "rows"}."""
+    """Tables for the page and the terminal: {"caption", "columns", "rows"}."""
     found = []
     for seed, one in told["seeds"].items():
         for task, own in one["tasks"].items():
@@ -78,17 +106,62 @@ def tables(told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {
         "caption": "Accuracy of linear probes, in percent, of the most frequent class, of the token embeddings and of "
         "the best head; and the head that is most selective: its accuracy less that of a control task, in which every "
-        "word form has a random label. Heads are the best on these very sentences. Intervals are 95 %, over sentences.",
-        "columns": ["seed", "task", "classes", "words", "majority", "embedding", "best head", "accuracy",
+        "word form (or sentence) has a random label. Heads are the best on these very sentences. Intervals are 95 %, "
+        "over sentences.",
+        "columns": ["seed", "task", "classes", "scored", "majority", "embedding", "best head", "accuracy",
                     "most selective", "selectivity"],
         "rows": found,
     }  # fmt: skip
+    codes = list(_codes(told))
+    if codes:
+        yield {
+            "caption": "Online code of the training labels, in bits a label: of the head with the shortest, of the "
+            "token embeddings, and of labels without any features (uniform). Shorter is easier to read out.",
+            "columns": ["seed", "task", "labels", "uniform", "embedding", "shortest of", "its bits", "times shorter"],
+            "rows": codes,
+        }
+    graphs = {seed: one["graph"] for seed, one in told["seeds"].items() if one.get("graph")}
+    if graphs:
+        yield {
+            "caption": "A parser of all attention maps, weighed by two trained numbers a head: how many words, in "
+            "percent, are given the word that they depend on; roots and punctuation are not scored. Right-branching "
+            "takes the next word; offset and head are the best of the training sentences. Intervals are 95 %, over "
+            "sentences.",
+            "columns": ["seed", "words", "all maps", "right-branching", "best offset", "best head", "of it",
+                        "all above head"],
+            "rows": [_graph_row(seed, one) for seed, one in graphs.items()],
+        }  # fmt: skip
 
 
-def _best(heads: Mapping[str, Any], column: str) -> tuple[str, int]:
-    """The attention and head with the highest value."""
-    return max(((name, head) for name, one in heads.items() for head in range(len(one[column]))),
-               key=lambda place: heads[place[0]][column][place[1]])  # fmt: skip
+def _codes(told: Mapping[str, Any]) -> Iterator[list[str]]:
+    for seed, one in told["seeds"].items():
+        for task, own in one["tasks"].items():
+            if own["embedding"]["bits"] is not None:
+                labels = own["words"]["train"]
+                name, head = _best(own["heads"], "bits", min)
+                uniform, *bits = (
+                    np.log2(len(own["classes"])),
+                    own["embedding"]["bits"][0],
+                    own["heads"][name]["bits"][head],
+                )
+                embedding, shortest = (x / labels for x in bits)
+                yield [seed, task, str(labels), f"{uniform:.2f}", f"{embedding:.2f}", f"{name}:{head}",
+                       f"{shortest:.2f}", f"{uniform / shortest:.2f}"]  # fmt: skip
+
+
+def _graph_row(seed: str, one: Mapping[str, Any]) -> list[str]:
+    probe, right, offset, head, over = (
+        f"{_percent(x['mean'])} ({_percent(x['low'])} to {_percent(x['high'])})"
+        for x in (one[part] for part in ("probe", "right_branching", "best_offset", "best_head", "over_head"))
+    )
+    whose = f"{one['head']}, {one['direction']} attends"
+    return [seed, str(one["words"]["test"]), probe, right, f"{one['offset']:+d}: {offset}", whose, head, over]
+
+
+def _best(heads: Mapping[str, Any], column: str, choose: Callable[..., Any] = max) -> tuple[str, int]:
+    """The attention and head with the highest value, or the lowest by min."""
+    return choose(((name, head) for name, one in heads.items() for head in range(len(one[column]))),
+                  key=lambda place: heads[place[0]][column][place[1]])  # fmt: skip
 
 
 def _interval(scores: Mapping[str, Any], head: int, column: str) -> str:

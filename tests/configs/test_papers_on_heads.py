@@ -41,6 +41,10 @@ def test_claims_on_relations_hold_for_numbers_as_in_the_paper(tmp_path: Path):
     ]
     seeds = {str(seed): {"relations": rows, "attentions": {}} for seed in range(2)}
     (tmp_path / "roles.json").write_text(json.dumps({"seeds": seeds}))
+    scores = {"probe": 61, "best_head": 34.5, "right_branching": 26}
+    graph = {part: {"mean": score / 100} for part, score in scores.items()}
+    probes = {str(seed): {"tasks": {}, "graph": graph} for seed in range(2)}
+    (tmp_path / "probes.json").write_text(json.dumps({"seeds": probes}))
     assert {verdict.status for verdict in check_cuts(clark2019.get_cuts(), tmp_path)} == {"held"}
 
 
@@ -51,3 +55,5 @@ def test_numbers_of_clark_are_those_of_the_paper():
     rows = json.loads(file.read_text())["rows"]
     found = {row["relation"]: (row["head"], row["accuracy"], row["baseline"], row["baseline_offset"]) for row in rows}
     assert found == clark2019.RELATIONS
+    parsers = json.loads(file.read_text())["extra_tables"][0]["rows"]
+    assert [row["uas"] for row in parsers] == list(clark2019.PARSERS.values())

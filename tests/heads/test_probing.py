@@ -114,7 +114,7 @@ def test_the_control_follows_the_shares_of_the_labels():
 
 
 @pytest.mark.parametrize(
-    ("task", "told"), [("mood", "there is no probing task 'mood'; there are pos"), ("tense", "task tense needs words")]
+    ("task", "told"), [("mood", "there is no probing task 'mood'; there are pos"), ("tense", "task tense needs two classes")]
 )
 def test_a_task_that_does_not_exist_or_has_no_words_is_told(task, told):
     with pytest.raises(UserError, match=told):
