@@ -49,6 +49,7 @@ WRONG = [
     ({"seeds": (1, 1)}, "must be distinct integers"),
     ({"task": "translation"}, "task='translation' needs data.source='parallel' or 'tfds', not 'text'"),
     ({"task": "classification"}, "needs data.num_classes"),
+    ({"task": "masked_lm", "model__tied_output": False}, "model.tied_output=False is for task='lm', not 'masked_lm'"),
     ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate=0.0 must be positive"),
     (
         {"training__average_last": 3},

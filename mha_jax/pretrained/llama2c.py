@@ -114,7 +114,7 @@ class Llama2c:
         tensors = {name: self.arrays[own] for own, name in _WHOLE.items() if own in self.arrays}
         for layer in range(self.sizes["num_layers"]):
             tensors |= {f"layers.{layer}.{name}.weight": self.arrays[own][layer] for own, name in _OF_LAYER.items()}
-        shape = HeadShape.resolve(*(self.sizes[name] for name in ("d_model", "num_heads", "num_kv_heads")))
+        shape = HeadShape.resolve(self.sizes["d_model"], self.sizes["num_heads"], self.sizes["num_kv_heads"])
         shapes = [shape] * self.sizes["num_layers"]
         return llama.forward(tensors, shapes, tokens_T, base=ROPE_BASE, epsilon=NORM_EPSILON, halves=False)
 
