@@ -43,12 +43,10 @@ def sizes_in(config: Mapping[str, Any]) -> Sizes:
 def _rope_base(config: Mapping[str, Any]) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    base = rope.get("rope_theta", config.get("rope_theta"))
-    if kind != "default" or base is None:
-        raise UserError(
-            f"config.json: rotary positions of type {kind!r} with base {base!r} cannot be built; 'default' can"
-        )
-    return float(base)
+    if kind != "default":
+        raise UserError(f"config.json: rotary positions of type {kind!r} cannot be built; 'default' can")
+    # The first Llamas do not say it: theirs was a constant of the code.
+    return float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
 
 
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,10 +176,10 @@ def forward(
         x = x.reshape(length, -1, width)
         angles = np.arange(length)[:, None] * base ** (-np.arange(0, width, 2) / width)
         cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-        pairs = x.reshape(*x.shape[:2], 2, -1) if halves else x.reshape(*x.shape[:2], -1, 2).swapaxes(2, 3)
-        first, second = pairs[:, :, 0], pairs[:, :, 1]
-        y = np.stack([first * cos - second * sin, second * cos + first * sin], axis=2)
-        return (y if halves else y.swapaxes(2, 3)).reshape(length, -1)
+        half = width // 2
+        first, second = (x[..., :half], x[..., half:]) if halves else (x[..., 0::2], x[..., 1::2])
+        y = np.stack([first * cos - second * sin, second * cos + first * sin], axis=2 if halves else 3)
+        return y.reshape(length, -1)
 
     x = w["embed_tokens.weight"][tokens_T]
     states = [x]

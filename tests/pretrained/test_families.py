@@ -85,6 +85,14 @@ def test_names_and_tables_of_old_files_are_understood(tmp_path: Path):
     jax.tree.map(np.testing.assert_array_equal, families.read(folder).params, plain.params)
 
 
+def test_a_llama_that_does_not_say_its_rotary_base_has_the_first_ones(tmp_path: Path):
+    folder = checkpoints.checkpoint(tmp_path / "llama", "llama", rope_theta=500.0)
+    config = json.loads((folder / "config.json").read_text())
+    assert families.read(folder).model["rope_base"] == config.pop("rope_theta") == 500.0
+    (folder / "config.json").write_text(json.dumps(config))
+    assert families.read(folder).model["rope_base"] == 10_000.0
+
+
 def test_shards_and_16_bits_are_read(tmp_path: Path):
     folder = checkpoints.checkpoint(tmp_path / "gpt2", "gpt2")
     rounded = {name: x.astype(ml_dtypes.bfloat16) for name, x in load_file(folder / "model.safetensors").items()}
