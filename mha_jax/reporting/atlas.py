@@ -13,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Patch
 
 from mha_jax.heads.capture import kind_of, layer_of
@@ -30,16 +30,25 @@ _FRAME = 4
 
 
 class Cell(NamedTuple):
-    """One head. `facts` are (name, text) pairs in the order they are shown."""
+    """One head. `facts` are (name, text) pairs in the order they are shown.
+
+    `nearest` is the role that is most above chance, held or not, and `strength` how far above it is, 0 to 1.
+    """
 
     map: Map
     role: str
     roles: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
+    nearest: str | None = None
+    strength: float = 0.0
 
     @property
     def colour(self) -> str:
-        return COLOURS.get(self.role, RULE)
+        """That of the role; of a head without one that of the nearest, the paler the nearer to chance."""
+        if self.role in COLOURS or not self.role or self.nearest is None:
+            return COLOURS.get(self.role, RULE)
+        share, nearest, none = self.strength, to_rgb(COLOURS[self.nearest]), to_rgb(RULE)
+        return to_hex([share * strong + (1 - share) * pale for strong, pale in zip(nearest, none, strict=True)])
 
 
 def cells(
@@ -64,11 +73,12 @@ def cells(
         role = (own["role"][one.head] or NO_ROLE) if own else ""
         held = tuple(own["roles"][one.head]) if own else ()
         facts = [("entropy", f"{entropies[one.attention][one.head]:.2f} nats")]
-        if own and own.get("nearest") and own["nearest"][one.head]:
-            facts.append(("nearest role", f"{own['nearest'][one.head]}, {own['strength'][one.head]:.2f} above chance"))
+        nearest, strength = (own[part][one.head] if own and part in own else None for part in ("nearest", "strength"))
+        if nearest:
+            facts.append(("nearest role", f"{nearest}, {strength:.2f} above chance"))
         facts += _cost(measures.get("leave_one_out"), one.attention, one.head)
         facts += _importance(measures.get("gradient_normalised"), one.attention, one.head)
-        made.append(Cell(one, role, held, tuple(facts)))
+        made.append(Cell(one, role, held, tuple(facts), nearest, strength or 0.0))
     return made
 
 
@@ -106,17 +116,24 @@ def page(run: str, about: str, example: Example, found: Sequence[Cell], links: S
             grids.append({"title": title, "rows": rows})
     sides = {kind: [[*map(label, names)] for names in example.sides(kind)] for kind in {one["kind"] for one in heads}}
     payload = json.dumps({"heads": heads, "sides": sides}, separators=(",", ":")).replace("<", "\\u003c")
-    present = {cell.role: cell.colour for cell in found if cell.role}
     return template("atlas.html.jinja").render(
         run=run,
         about=about,
         example=example.name,
         grids=grids,
-        legend=[(role, colour) for role, colour in (*COLOURS.items(), (NO_ROLE, RULE)) if role in present],
+        legend=_legend(found),
         links=links,
         payload=payload,
         blocks=blocks,
     )
+
+
+def _legend(found: Sequence[Cell]) -> list[tuple[str, str]]:
+    """(name, colour) of the roles that heads have, or are nearest to."""
+    present = {name for cell in found if cell.role for name in (cell.role, cell.nearest) if name}
+    label = f"{NO_ROLE}: tint of the nearest, the paler the weaker" if any(c.nearest for c in found) else NO_ROLE
+    known = [(role, colour) for role, colour in COLOURS.items() if role in present]
+    return known + [(label, RULE)] * (NO_ROLE in present)
 
 
 def draw(found: Sequence[Cell], foot: str, directory: epath.Path) -> None:
@@ -133,9 +150,8 @@ def draw(found: Sequence[Cell], foot: str, directory: epath.Path) -> None:
         for axis, kind in zip(axes[:, 0], kinds, strict=False):
             axis.set_title(KINDS[kind], fontsize=9)
             _panel(axis, own[kind], layers[kind])
-        shown = {cell.role: cell.colour for cell in found if cell.role}
-        if shown:
-            patches = [Patch(color=colour, label=role) for role, colour in shown.items()]
+        patches = [Patch(color=colour, label=role) for role, colour in _legend(found)]
+        if patches:
             figure.legend(handles=patches, loc="outside upper center", ncols=7, fontsize=7)
         save(figure, "atlas", f"{foot}  ·  in a map rows attend to columns; opacity is √weight", directory)
 

@@ -8,10 +8,13 @@ import time
 import numpy as np
 import pytest
 from etils import epath
+from matplotlib.colors import to_rgb
 
 from mha_jax.heads.examples import Example
 from mha_jax.heads.maps import Map
 from mha_jax.reporting.atlas import cells, draw, page
+from mha_jax.reporting.canvas import RULE
+from mha_jax.reporting.roles import COLOURS
 from tests.browser import open_page
 from tests.reporting.test_report import Tags
 
@@ -49,6 +52,15 @@ def test_heads_are_told_by_role_cost_importance_and_entropy_of_their_seed():
     }  # fmt: skip
     assert "nearest role" not in dict(second.facts)
     assert second.role == "no role" and dict(second.facts)["cost to cut"] == "−0.001 nats"
+
+
+def test_a_head_without_a_role_has_the_tint_of_the_nearest_by_its_strength():
+    one, _ = cells(two_heads(), {NAME: [0.5, 1.0]}, 4, None, None)
+    tints = [one._replace(role="no role", nearest="previous", strength=x).colour for x in (0.0, 0.5, 1.0)]
+    assert tints[0] == RULE and tints[2] == COLOURS["previous"]
+    assert one._replace(role="sink", nearest="previous", strength=1.0).colour == COLOURS["sink"]
+    grey, half, blue = (np.array(to_rgb(tint)) for tint in tints)
+    np.testing.assert_allclose(half, (grey + blue) / 2, atol=1 / 255)  # colours have 8 bits
 
 
 def test_what_was_not_looked_into_is_left_out():
