@@ -11,7 +11,7 @@ without --text gets DIR/texts/NAME.txt, 256 texts that it wrote itself (drawn to
 says how sure the model is of itself, and differences of losses what a head adds to that, not how well it fits a corpus.
 
 RUN/import.json says how far each layer is from a float64 forward pass of the file's own tensors, on four rows of the
-validation split.
+validation split, and under "notes" what is not as in the file: a head that an encoder had not, the order of classes.
 """
 
 import json

@@ -24,7 +24,7 @@ class ModelSpec:
     `use_bias` is of the attentions, `use_ff_bias` of the feed-forward layers. Tokens and learned positions enter times
     sqrt(d_model), or as their embedding is without `scale_embedding`; with `embedding_norm` their sum is normalized.
     `token_types`: so many more vectors, of which every token adds one (the segments of BERT), for tasks that only
-    encode. `tied_output`: logits are products with the table that tokens are read from; else with one more, as most
+    encode. `tied_output`: logits are products with the table that tokens are read from; else with one more, as many
     Llamas have it. `pooling`: a classifier reads the "mean" over a text, or its "first" token through a layer of its
     own.
     "gelu" is the approximation by tanh (GPT-2), "gelu_exact" the one by erf (BERT).
