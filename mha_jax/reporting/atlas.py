@@ -47,8 +47,9 @@ class Cell(NamedTuple):
         """That of the role; of a head without one that of the nearest, the paler the nearer to chance."""
         if self.role in COLOURS or not self.role or self.nearest is None:
             return COLOURS.get(self.role, RULE)
-        share, nearest, none = self.strength, to_rgb(COLOURS[self.nearest]), to_rgb(RULE)
-        return to_hex([share * strong + (1 - share) * pale for strong, pale in zip(nearest, none, strict=True)])
+        strong, pale = np.array(to_rgb(COLOURS[self.nearest])), np.array(to_rgb(RULE))
+        red, green, blue = self.strength * strong + (1 - self.strength) * pale
+        return to_hex((red, green, blue))
 
 
 def cells(
