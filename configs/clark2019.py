@@ -26,7 +26,7 @@ undecided, and the relation table has the numbers, with intervals over sentences
 
 The paper's treebank (Penn Treebank, Stanford Dependencies) is not free; Universal Dependencies name relations by other
 words and turn prepositions round, so only relations are claimed that both have. One claim of the paper is not checked
-here: that random weights do not parse (PARSERS), which takes a second run, untrained (training.steps=0).
+here: that random weights do not parse (PARSERS), which takes a second run, untrained (training.steps=1).
 """
 
 from collections.abc import Iterator

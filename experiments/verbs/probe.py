@@ -9,7 +9,8 @@ them, each beside a control task; --mdl also tells the length of the online code
 parser that weighs all attention maps, beside right-branching, the best offset and the best head. --labels adds a task
 "label" about whole sentences, or takes the place of the treebanks: lines of a label, a tab and a text, as in
 data.source="labelled", so that a classifier's own files will do.
-What an untrained model has of all this: the same command on a run of the same config with training.steps=0.
+What a model that is all but untrained has of all this: the same command on a run of the same config with
+training.steps=1, eval_every=1 and checkpoint_every=1, whose one step is that of the warm-up.
 
 Writes RUN/heads/probes.{json,csv,svg,png} (of the first seed; the others' are probes-seedN) and the page
 RUN/heads/index.html; the JSON is documented in mha_jax/reporting/probes.py.
