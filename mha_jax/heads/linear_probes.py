@@ -57,6 +57,7 @@ def train_probes(
     batches = max(1, words // _BATCH)
     rows = words // batches
     share_LC = jnp.stack([jnp.bincount(label_N, length=classes) for label_N in labels_LN]) / words
+    share_LC = share_LC.clip(1 / (2 * words), 1 - 1 / (2 * words))  # a class that is not there may yet come
     shape = (sets, len(l2_R), classes)
 
     def outputs(x: Array) -> Array:
@@ -64,9 +65,10 @@ def train_probes(
         return jnp.broadcast_to(x, shape).reshape(1, -1)
 
     l2_1O = outputs(l2_R[None, :, None])
-    # A class's curvature is at most its variance, on average over the words; the penalty's is added.
-    curvature_1O = outputs((share_LC * (1 - share_LC))[:, None]) + 1e-3 + l2_1O
-    start_1O = outputs(jnp.log(jnp.maximum(share_LC, 1 / (2 * words)))[:, None])
+    # A class's curvature is at most its variance, on average over the words. The penalty's is added, times what the
+    # inverse makes of it where features hardly vary: a tenth of that, which momentum bears.
+    curvature_1O = outputs((share_LC * (1 - share_LC))[:, None]) + 1e-3 + l2_1O / (10 * _RIDGE)
+    start_1O = outputs(jnp.log(share_LC)[:, None])
     # Batch s has the words s, s + S, s + 2 S, ...: of every part of the text, and read in strides, not gathered.
     labels_SbL = labels_LN[:, : rows * batches].reshape(sets, rows, batches).transpose(2, 1, 0)
     steps = max(_STEPS, passes * batches)

@@ -86,6 +86,14 @@ def test_accuracy_and_loss_are_those_of_scikit_learn(splits):
         np.testing.assert_allclose(own, log_p, atol=0.01)  # float32 and a fixed number of steps
 
 
+def test_few_words_a_class_that_is_not_there_and_strong_penalties_give_weights_that_are_bounded():
+    x_HNV = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
+    x_HNV[1, :, 4:] = x_HNV[1, :, :1]  # features that say the same, so that the covariance has no inverse
+    probes = train_probes(x_HNV, np.array([[0, 1, 1]]), np.array([1e-5, 1e-2, 1.0]), classes=4)
+    # With a penalty the weights of three words stay small; steps that are too long would make them grow without end.
+    assert np.abs(np.asarray(probes.kernel_HVLRC)).max() < 20 and np.abs(np.asarray(probes.bias_HLRC)).max() < 50
+
+
 def test_the_bootstrap_draws_sentences():
     x_NH, sentence = np.repeat([[0.0], [1.0]] * 50, 4, axis=0), np.repeat(np.arange(100), 4)
     mean, low, high = bootstrap(x_NH, sentence)
@@ -114,7 +122,8 @@ def test_the_control_follows_the_shares_of_the_labels():
 
 
 @pytest.mark.parametrize(
-    ("task", "told"), [("mood", "there is no probing task 'mood'; there are pos"), ("tense", "task tense needs two classes")]
+    ("task", "told"),
+    [("mood", "there is no probing task 'mood'; there are pos"), ("tense", "task tense needs two classes")],
 )
 def test_a_task_that_does_not_exist_or_has_no_words_is_told(task, told):
     with pytest.raises(UserError, match=told):
