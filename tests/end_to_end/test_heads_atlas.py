@@ -14,9 +14,9 @@ def test_atlas_of_a_trained_run_has_its_heads_and_what_other_verbs_found(script,
     run = RunDirectory.create(epath.Path(tmp_path / "runs" / "tiny"), config)
     assert train(tmp_path, "runs/tiny", config)[0] == "done"
     count = run.config["model"]["num_heads"]
-    own = {"heads": count, "role": ["induction"] * count, "roles": [["induction"]] * count}
+    own = {"heads": count, "role": ["induction"] * count, "roles": [["induction"]] * count, "scores": {}}
     one = {"attentions": {"decoder/0/attention": own}, "relations": [], "coreference": []}
-    write_json(run.path / "heads" / "roles.json", {"seeds": {"0": one}, "seed_counts": {}})
+    write_json(run.path / "heads" / "roles.json", {"seeds": {"0": one}, "seed_counts": {}, "thresholds": {}})
     ended = script(heads.main, "atlas", f"--run={run.path}", "--text=a text")
     assert ended.code == 0, ended.err
     page = (run.path / "heads" / "atlas.html").read_text()
