@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,11 +81,20 @@ class MetricsLog:
 
     def _writer(self, seed: int) -> Any:
         if seed not in self._writers:
-            from tensorboardX import SummaryWriter  # here, so that reading metrics does not pay for it
-
             directory = self._tensorboard / f"seed{seed}"
-            self._writers[seed] = SummaryWriter(str(directory), purge_step=self._purge_step)
+            self._writers[seed] = _summary_writer()(str(directory), purge_step=self._purge_step)
         return self._writers[seed]
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's writer. It imports torch where that is installed, for two seconds, and has no use for it here."""
+    hidden = sys.modules.setdefault("torch", None) is None  # pyright: ignore[reportArgumentType]
+    try:
+        from tensorboardX import SummaryWriter  # here, so that reading metrics does not pay for it
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _json_value(value: float) -> float | None:

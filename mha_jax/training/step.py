@@ -35,13 +35,16 @@ from mha_jax.training.optimizers import (
 )
 
 State = dict[str, Any]
+_graphs: dict[str, Any] = {}  # a tenth of a second each, and every program of a run asks
 _INIT, _DROPOUT, _GATES = 0, 1, 2
 
 
 def graph(run: RunSpec) -> Any:
     """The model's structure without its arrays: what `nnx.merge` needs beside params and constants."""
-    model = nnx.eval_shape(lambda: build_model(run, rngs=nnx.Rngs(params=0)))
-    return nnx.split(model, nnx.Param, ...)[0]
+    if (key := repr(run)) not in _graphs:
+        model = nnx.eval_shape(lambda: build_model(run, rngs=nnx.Rngs(params=0)))
+        _graphs[key] = nnx.split(model, nnx.Param, ...)[0]
+    return _graphs[key]
 
 
 def merge(run: RunSpec, params: Any, constants: Any) -> Any:

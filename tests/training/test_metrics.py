@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -112,3 +113,15 @@ def test_bleu_of_the_reference_itself_is_100_and_unpaired_lines_are_refused():
     assert bleu(lines, lines)[0] == pytest.approx(100.0)
     with pytest.raises(ValueError, match="2 hypotheses do not pair with 1 references"):
         bleu(lines, lines[:1])
+
+
+def test_writing_metrics_does_not_wait_for_torch_where_it_is_installed(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "tensorboardX")]:
+        monkeypatch.delitem(sys.modules, name)
+    log = MetricsLog(tmp_path, (0,))
+    log.write(1, "train", {"loss": [2.0]})
+    log.close()
+    assert "torch" not in sys.modules
+    assert list((tmp_path / "tensorboard" / "seed0").iterdir())
