@@ -20,11 +20,10 @@ def compile_cache(workdir: epath.Path) -> Iterator[None]:
     JAX compiles a program anew where its entry cannot be read, as after a kill while it was written, but leaves the
     entry as it is, to be met again by every run. Here the entries of that program's name are removed, and written anew.
     """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / ".cache" / "xla"))
+    folder = epath.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or workdir / ".cache" / "xla")
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    folder = epath.Path(jax.config.jax_compilation_cache_dir)  # pyright: ignore[reportAttributeAccessIssue]
     show = warnings.showwarning
 
     def forget(message: Warning | str, *where: Any) -> None:
