@@ -48,7 +48,7 @@ package.__path__ = [os.path.abspath("mha_jax/training")]
 devices = types.ModuleType("mha_jax.training.devices")
 devices.use_cores = lambda run: None
 jax = types.ModuleType("jax")  # importing the real one would take most of the test's time
-jax.config = types.SimpleNamespace(update=lambda name, value: None, jax_compilation_cache_dir="/nowhere")
+jax.config = types.SimpleNamespace(update=lambda name, value: None)
 jax.devices = lambda: [types.SimpleNamespace(platform="cpu", device_kind="cpu")]
 jax.device_count = lambda: 1
 sys.modules |= {"mha_jax.training": package, "mha_jax.training.loop": play, "mha_jax.training.devices": devices}
