@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mha_jax.attention.backends import blockwise, cudnn, diagonals, einsum, pallas, splash
+from mha_jax.attention.backends import blockwise, cudnn, diagonals, einsum, pallas, rows, splash
 from mha_jax.attention.backends.call import Call
 from mha_jax.attention.dropout import keys_per_example
 from mha_jax.attention.regions import Span
@@ -23,10 +23,11 @@ BACKENDS = {
     "diagonals": diagonals,
     "cudnn": cudnn,
     "pallas": pallas,
+    "rows": rows,
     "splash": splash,
 }
 # What "auto" asks in turn; `blockwise` serves every call.
-_PREFERRED = {"gpu": ("cudnn", "pallas", "blockwise"), "tpu": ("splash", "blockwise")}
+_PREFERRED = {"gpu": ("cudnn", "pallas", "rows", "blockwise"), "tpu": ("splash", "blockwise")}
 # So many weights, B * H * T * S of them, are quicker held whole (8 MB in float32) than visited tile by tile.
 FEW_WEIGHTS = 2**21
 

@@ -129,7 +129,7 @@ class _Cell:
         from mha_jax.benchmarks import peers_torch
 
         arguments = self.mode, self.num_heads, self.x, self.cotangent, self.dtype, device
-        for core in peers_torch.CORES:
+        for core in peers_torch.cores(device):
             self.enter(core, functools.partial(peers_torch.layer_program, core, *arguments), Exception)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
+from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
 from torch.nn.attention import flex_attention as flex  # pyright: ignore[reportMissingImports]
 
 from mha_jax.benchmarks.programs import BOTH, Program
@@ -17,6 +18,7 @@ from mha_jax.cores import num_cores
 
 Core = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SDPA, FLEX, EAGER = "PyTorch SDPA", "PyTorch FlexAttention", "PyTorch eager"
+FLASH, CUDNN = "PyTorch flash", "PyTorch cuDNN"
 
 
 def tensor(array: Any, dtype: str, device: str) -> torch.Tensor:
@@ -26,6 +28,19 @@ def tensor(array: Any, dtype: str, device: str) -> torch.Tensor:
 
 def _sdpa(length: int, device: str) -> Core:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _sdpa_by(kernel: Any) -> Callable[[int, str], Core]:
+    """SDPA by this kernel alone; it raises where the kernel does not take the shape."""
+
+    def make(length: int, device: str) -> Core:
+        def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return core
+
+    return make
 
 
 def _eager(length: int, device: str) -> Core:
@@ -47,6 +62,13 @@ def _flex(length: int, device: str) -> Core:
 
 
 CORES = {SDPA: _sdpa, FLEX: _flex, EAGER: _eager}
+# What SDPA chooses from on a GPU.
+GPU_CORES = {FLASH: _sdpa_by(SDPBackend.FLASH_ATTENTION), CUDNN: _sdpa_by(SDPBackend.CUDNN_ATTENTION)}
+
+
+def cores(device: str) -> dict[str, Callable[[int, str], Core]]:
+    """The ways that PyTorch has for attention on this device, by name."""
+    return CORES | (GPU_CORES if device == "cuda" else {})
 
 
 class Layer(nn.Module):
@@ -75,7 +97,7 @@ def layer_program(
     torch.set_num_threads(num_cores())
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     d_model = x_BTD.shape[-1]
-    layer = Layer(d_model, num_heads, CORES[core](x_BTD.shape[1], device)).to(device, getattr(torch, dtype))
+    layer = Layer(d_model, num_heads, cores(device)[core](x_BTD.shape[1], device)).to(device, getattr(torch, dtype))
     x, cotangent = tensor(x_BTD, dtype, device).requires_grad_(mode == BOTH), tensor(cotangent_BTD, dtype, device)
 
     def call() -> Sequence[torch.Tensor]:

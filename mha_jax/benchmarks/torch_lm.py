@@ -70,15 +70,22 @@ def optimizer_of(model: LanguageModel, run: RunSpec) -> torch.optim.Optimizer:
 def torch_step(
     run: RunSpec, inputs_BT: np.ndarray, targets_BT: np.ndarray, *, compiled: bool, device: str
 ) -> Callable[[], float]:
-    """One training step on a fixed batch, eager or through torch.compile; returns the loss when the step is done."""
+    """One training step on a fixed batch, eager or through torch.compile; returns the loss when the step is done.
+
+    A run in bfloat16 computes under autocast, with parameters in float32 as ours; float32 products may shorten their
+    mantissas where JAX's may, on a GPU.
+    """
+    torch.set_float32_matmul_precision("high")
     model = LanguageModel(run).to(device)
     optimizer = optimizer_of(model, run)
     loss_of = torch.compile(model) if compiled else model
+    narrow = torch.autocast(device, torch.bfloat16, enabled=run.model.dtype == "bfloat16")
     inputs, targets = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (inputs_BT, targets_BT))
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(inputs, targets)
+        with narrow:
+            loss = loss_of(inputs, targets)
         loss.backward()
         optimizer.step()
         return loss.item()

@@ -13,7 +13,6 @@ from mha_jax.benchmarks import floor, programs
 from mha_jax.benchmarks.parts import floor_parts, model_parts
 from mha_jax.benchmarks.rounds import paired_ratio, race, summary
 from mha_jax.specs import (
-    BYTE_VOCAB_SIZE,
     DataSpec,
     DecodingSpec,
     MeshSpec,
@@ -36,8 +35,14 @@ def language_model(
     d_ff: int = 1024,
     length: int = 256,
     batch_size: int = 16,
+    vocab_size: int | None = None,
+    dtype: Any = "float32",
 ) -> RunSpec:
-    """The run whose step is timed: bytes, float32, no dropout, AdamW, one seed; heads times width is d_model."""
+    """The run whose step is timed: no dropout, AdamW, one seed; heads times width is d_model.
+
+    Args: vocab_size: left out, bytes. dtype: of the computation; parameters are float32.
+    """
+    vocabulary: dict[str, Any] = {} if vocab_size is None else {"tokenizer": "bpe", "vocab_size": vocab_size}
     return RunSpec(
         name="bench",
         task="lm",
@@ -45,9 +50,15 @@ def language_model(
         parallel="jit",
         mesh=MeshSpec(),
         model=ModelSpec(
-            num_layers=num_layers, d_model=d_model, num_heads=num_heads, d_ff=d_ff, max_length=length, use_bias=False
+            num_layers=num_layers,
+            d_model=d_model,
+            num_heads=num_heads,
+            d_ff=d_ff,
+            max_length=length,
+            use_bias=False,
+            dtype=dtype,
         ),
-        data=DataSpec(source="embedded", length=length, batch_size=batch_size),
+        data=DataSpec(source="embedded", length=length, batch_size=batch_size, **vocabulary),
         optimizer=OptimizerSpec(name="adamw", weight_decay=0.01),
         training=TrainingSpec(steps=10_000, eval_every=10_000, checkpoint_every=10_000),
         decoding=DecodingSpec(),
@@ -55,9 +66,9 @@ def language_model(
 
 
 def random_batch(run: RunSpec) -> dict[str, np.ndarray]:
-    """Random bytes: the time of a step does not depend on what it reads."""
+    """Random tokens: the time of a step does not depend on what it reads."""
     shape = (run.data.batch_size, run.data.length)
-    tokens = np.random.default_rng(0).integers(4, BYTE_VOCAB_SIZE, (2, *shape), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(4, run.data.tokens, (2, *shape), dtype=np.int32)
     rows = np.arange(run.data.batch_size, dtype=np.int32)
     return {"inputs": tokens[0], "targets": tokens[1], "weights": np.ones(shape, np.float32), "row": rows}
 
@@ -79,7 +90,7 @@ def our_step(run: RunSpec, batch: dict[str, np.ndarray], devices: programs.Devic
 def floor_step(run: RunSpec, devices: programs.Devices) -> Callable[[], object]:
     """The step's matrix products alone, forward and backward, chained as in the model and spread as the step is."""
     x_ND = jax.random.normal(jax.random.key(2), (run.data.batch_size * run.data.length, run.model.d_model))
-    weights = floor.draw_weights(run)
+    weights, x_ND = jax.tree.map(lambda x: x.astype(run.model.dtype), (floor.draw_weights(run), x_ND))
 
     def products(weights: Any, x_ND: jax.Array) -> jax.Array:
         return floor.forward(run, weights, x_ND)
@@ -112,7 +123,11 @@ def torch_steps(run: RunSpec, batch: dict[str, np.ndarray]) -> tuple[dict[str, C
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is timed: a step of a language model at each head count; with `profile` the parts of our step as well."""
+    """What is timed: a step of a language model at each head count; with `profile` the parts of our step as well.
+
+    The default is of bytes in float32. 124 million parameters, as GPT-2's smallest: --num_layers=12 --d_model=768
+    --d_ff=3072 --length=1024 --vocab_size=50257 --heads=12.
+    """
 
     heads: tuple[int, ...] = (1, 4, 16, 32)
     num_layers: int = 4
@@ -120,6 +135,8 @@ class Setting:
     d_ff: int = 1024
     length: int = 256
     batch_size: int = 16
+    vocab_size: int | None = None
+    dtype: str | None = None
     devices: int | None = None
     rounds: int = 15
     profile: bool = False
@@ -127,8 +144,9 @@ class Setting:
     @property
     def runs(self) -> list[RunSpec]:
         """One a head count."""
-        sizes = {name: getattr(self, name) for name in ("num_layers", "d_model", "d_ff", "length", "batch_size")}
-        return [language_model(num_heads, **sizes) for num_heads in self.heads]
+        names = ("num_layers", "d_model", "d_ff", "length", "batch_size", "vocab_size")
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return [language_model(heads, **sizes, dtype=programs.chosen_dtype(self.dtype)) for heads in self.heads]
 
 
 def measure(setting: Setting) -> dict[str, Any]:
@@ -139,8 +157,8 @@ def measure(setting: Setting) -> dict[str, Any]:
     a head count's parts.
     """
     notes: list[str] = []
-    rows, runs = [], setting.runs
     devices = programs.share_out(setting.batch_size, programs.use_devices(setting.devices))
+    rows, runs = [], setting.runs  # after the devices: to choose a dtype starts JAX
     for run in runs:
         batch = random_batch(run)
         peers, missing = torch_steps(run, batch)

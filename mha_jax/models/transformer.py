@@ -1,6 +1,7 @@
 """The four models: a language model, a masked one, a translator and a classifier, each of stacks and a token table."""
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,36 @@ class TokenTable(nnx.Module):
         """Scores of every token, accumulated and returned in the parameters' dtype."""
         table_CD = (self.embedding if self.output is None else self.output)[...].astype(self.dtype)
         rows = x_BTD.reshape(-1, self.d_model)
-        logits = jnp.einsum("ND,CD->NC", rows, table_CD, preferred_element_type=self.param_dtype)
+        if rows.dtype == self.param_dtype:
+            logits = jnp.einsum("ND,CD->NC", rows, table_CD)
+        else:
+            logits = jnp.asarray(_wide_scores(jnp.dtype(self.param_dtype), rows, table_CD))
         return logits.reshape(*x_BTD.shape[:2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_scores(wide: Any, x_ND: Array, table_CD: Array) -> Float[Array, "N C"]:
+    """x @ table.T, summed and returned in the wide type.
+
+    The slopes of the scores are rounded to the narrow type, as every other layer's are: left wide, both products of the
+    backward pass would be of wide numbers, at half the speed or less of narrow ones on an accelerator.
+    """
+    return jnp.einsum("ND,CD->NC", x_ND, table_CD, preferred_element_type=wide)
+
+
+def _wide_scores_fwd(wide: Any, x_ND: Array, table_CD: Array) -> Any:
+    return _wide_scores(wide, x_ND, table_CD), (x_ND, table_CD)
+
+
+def _wide_scores_bwd(wide: Any, saved: Any, slopes_NC: Array) -> tuple[Array, Array]:
+    x_ND, table_CD = saved
+    slopes_NC = slopes_NC.astype(x_ND.dtype)
+    by_x = jnp.einsum("NC,CD->ND", slopes_NC, table_CD, preferred_element_type=wide)
+    by_table = jnp.einsum("NC,ND->CD", slopes_NC, x_ND, preferred_element_type=wide)
+    return by_x.astype(x_ND.dtype), by_table.astype(table_CD.dtype)
+
+
+_wide_scores.defvjp(_wide_scores_fwd, _wide_scores_bwd)
 
 
 def _token_table(run: RunSpec, rngs: nnx.Rngs) -> TokenTable:

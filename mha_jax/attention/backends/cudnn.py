@@ -14,8 +14,8 @@ from mha_jax.attention.backends.call import Call
 from mha_jax.attention.rule import And, Rule
 from mha_jax.attention.visibility import Causal, Full, Padding, SlidingWindow
 
-_WIDEST = 128  # on Hopper 256, elsewhere 128
-_LEAST_CAPABILITY = 8  # Ampere, the first with this kernel
+# Widths that its kernels take, by the least compute capability: Ampere, the first with this kernel, and Hopper.
+_WIDEST = {(8, 0): 128, (9, 0): 256}
 
 
 class Arguments(NamedTuple):
@@ -64,11 +64,8 @@ def refusal(call: Call) -> str | None:
         return "it does nothing for empty arrays; backend='einsum' would do"
     if call.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it is for bfloat16 and float16, not {call.dtype}; backend='pallas' would do"
-    if call.qk_dim != call.v_dim or call.qk_dim % 8 or not 0 < call.qk_dim <= _WIDEST:
-        return (
-            f"qk_dim={call.qk_dim}, v_dim={call.v_dim} must be equal, a multiple of 8 and at most {_WIDEST}; "
-            "backend='pallas' would do"
-        )
+    if call.qk_dim != call.v_dim or call.qk_dim % 8 or not call.qk_dim:
+        return f"qk_dim={call.qk_dim}, v_dim={call.v_dim} must be equal and a multiple of 8; backend='pallas' would do"
     if not call.regular:
         return (
             f"heads read the groups {call.groups}, and it can only let neighbouring heads share one; "
@@ -77,7 +74,7 @@ def refusal(call: Call) -> str | None:
     if call.dropout_rate > 0:
         return "it has no dropout of ours; dropout_rate=0 or backend='pallas' would do"
     found = translate(call.rule, call.queries, call.keys)
-    return found if isinstance(found, str) else _device_refusal()
+    return found if isinstance(found, str) else _device_refusal(call.qk_dim)
 
 
 def attend(
@@ -127,12 +124,19 @@ def _zero_without_keys(q_BTHK: Array, lengths: Int32[Array, "b"]) -> Array:
     return jnp.where((lengths > 0)[:, None, None, None], q_BTHK, 0)
 
 
-def _device_refusal() -> str | None:
+def _device_refusal(width: int) -> str | None:
     device = jax.devices()[0]
     if device.platform != "gpu":
         return f"it runs on GPU, and this is {device.platform}; backend='blockwise' would do"
     capability = str(getattr(device, "compute_capability", ""))
-    major = capability.partition(".")[0]
-    if not major.isdecimal() or int(major) < _LEAST_CAPABILITY:
+    parts = capability.split(".")
+    version = tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else (0, 0)
+    widest = max((most for least, most in _WIDEST.items() if version >= least), default=0)
+    if not widest:
         return f"it needs an NVIDIA GPU of compute capability 8.0, not {capability!r}; backend='blockwise' would do"
+    if width > widest:
+        return (
+            f"qk_dim=v_dim={width} is above {widest}, the most at compute capability {capability}; "
+            f"backend={'pallas' if width <= 256 else 'rows'!r} would do"
+        )
     return None

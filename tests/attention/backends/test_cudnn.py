@@ -20,7 +20,7 @@ CALL = Call(B, T, T, H, GROUPS, G, K, K, jnp.dtype(jnp.bfloat16), Causal(), 0.0)
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(cudnn, "_device_refusal", lambda: None)
+    monkeypatch.setattr(cudnn, "_device_refusal", lambda width: None)
 
 
 def results(backend, rule, keys, scale=0.7, poison=False, **options):
@@ -92,7 +92,6 @@ def test_what_it_can_do_is_not_refused(on_gpu, rule):
         ({"dtype": jnp.dtype(jnp.float32)}, "not float32"),
         ({"v_dim": 16}, "qk_dim=8, v_dim=16"),
         ({"qk_dim": 12, "v_dim": 12}, "multiple of 8"),
-        ({"qk_dim": 136, "v_dim": 136}, "at most 128"),
         ({"groups": (1, 0, 0, 1, 1, 0)}, "neighbouring heads"),
         ({"dropout_rate": 0.1}, "dropout"),
         ({"keys": 0}, "empty"),
@@ -115,8 +114,20 @@ def test_other_platforms_are_refused():
     assert "runs on GPU, and this is cpu" in (cudnn.refusal(CALL) or "")
 
 
-@pytest.mark.parametrize(("capability", "fits"), [("9.0", True), ("10.3", True), ("7.5", False), ("gfx90a", False)])
-def test_gpus_without_the_kernel_are_refused(monkeypatch, capability, fits):
+@pytest.mark.parametrize(
+    ("capability", "width", "reason"),
+    [
+        ("9.0", 256, None),
+        ("9.0", 264, "is above 256.*backend='rows'"),
+        ("8.6", 128, None),
+        ("8.6", 136, "is above 128, the most at compute capability 8.6; backend='pallas'"),
+        ("10.3", 256, None),
+        ("7.5", 64, "needs an NVIDIA GPU of compute capability 8.0"),
+        ("gfx90a", 64, "not 'gfx90a'"),
+    ],
+)
+def test_widths_and_gpus_without_a_kernel_are_refused(monkeypatch, capability, width, reason):
     device = type("Device", (), {"platform": "gpu", "compute_capability": capability})()
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert (cudnn.refusal(CALL) is None) == fits
+    found = cudnn.refusal(dataclasses.replace(CALL, qk_dim=width, v_dim=width))
+    assert found is None if reason is None else re.search(reason, found or "")
