@@ -68,9 +68,9 @@ def optimizer_of(model: LanguageModel, run: RunSpec) -> torch.optim.Optimizer:
 
 
 def torch_step(
-    run: RunSpec, inputs_BT: np.ndarray, targets_BT: np.ndarray, *, compiled: bool, device: str
+    run: RunSpec, inputs_BT: np.ndarray, targets_BT: np.ndarray, *, compiled: bool, device: str, steps: int = 1
 ) -> Callable[[], float]:
-    """One training step on a fixed batch, eager or through torch.compile; returns the loss when the step is done.
+    """Training steps on a fixed batch, eager or through torch.compile; returns the last loss when they are done.
 
     A run in bfloat16 computes under autocast, with parameters in float32 as ours; float32 products may shorten their
     mantissas where JAX's may, on a GPU.
@@ -83,11 +83,13 @@ def torch_step(
     inputs, targets = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (inputs_BT, targets_BT))
 
     def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        with narrow:
-            loss = loss_of(inputs, targets)
-        loss.backward()
-        optimizer.step()
+        loss = torch.zeros(())
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            with narrow:
+                loss = loss_of(inputs, targets)
+            loss.backward()
+            optimizer.step()
         return loss.item()
 
     return step

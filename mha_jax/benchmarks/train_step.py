@@ -73,15 +73,19 @@ def random_batch(run: RunSpec) -> dict[str, np.ndarray]:
     return {"inputs": tokens[0], "targets": tokens[1], "weights": np.ones(shape, np.float32), "row": rows}
 
 
-def our_step(run: RunSpec, batch: dict[str, np.ndarray], devices: programs.Devices) -> Callable[[], None]:
-    """One call of the very program that training runs, the batch spread over the devices."""
+def our_step(
+    run: RunSpec, batch: dict[str, np.ndarray], devices: programs.Devices, steps: int = 1
+) -> Callable[[], None]:
+    """Some calls of the very program that training runs, the batch spread over the devices; waits for the last."""
     program = make_program(run, devices)
     state = program.init()
     stacked = {name: leaf[None] for name, leaf in batch.items()}
 
     def step() -> None:
         nonlocal state
-        state, metrics = program.step(state, stacked)
+        metrics = None
+        for _ in range(steps):
+            state, metrics = program.step(state, stacked)
         jax.block_until_ready((state, metrics))
 
     return step
@@ -100,7 +104,9 @@ def floor_step(run: RunSpec, devices: programs.Devices) -> Callable[[], object]:
     return programs.program(products, programs.BOTH, weights, x_ND, cotangent, devices).call
 
 
-def torch_steps(run: RunSpec, batch: dict[str, np.ndarray]) -> tuple[dict[str, Callable[[], object]], list[str]]:
+def torch_steps(
+    run: RunSpec, batch: dict[str, np.ndarray], steps: int = 1
+) -> tuple[dict[str, Callable[[], object]], list[str]]:
     """PyTorch's step, eager and compiled, and one line on each that cannot run here."""
     if importlib.util.find_spec("torch") is None:
         return {}, ["PyTorch is not installed (requirements-bench.txt): not compared"]
@@ -109,16 +115,16 @@ def torch_steps(run: RunSpec, batch: dict[str, np.ndarray]) -> tuple[dict[str, C
     from mha_jax.benchmarks.torch_lm import torch_step
 
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-    make = functools.partial(torch_step, run, batch["inputs"], batch["targets"], device=device)
-    steps: dict[str, Callable[[], object]] = {EAGER: make(compiled=False)}
+    make = functools.partial(torch_step, run, batch["inputs"], batch["targets"], device=device, steps=steps)
+    peers: dict[str, Callable[[], object]] = {EAGER: make(compiled=False)}
     compiled = make(compiled=True)
     try:
         compiled()
     except Exception as error:  # whatever its compiler or the machine lacks; the line says what
-        return steps, [
+        return peers, [
             f"torch.compile did not run at {run.model.num_heads} heads: {type(error).__name__}: {str(error)[:200]!r}"
         ]
-    return {**steps, COMPILED: compiled}, []
+    return {**peers, COMPILED: compiled}, []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +132,8 @@ class Setting:
     """What is timed: a step of a language model at each head count; with `profile` the parts of our step as well.
 
     The default is of bytes in float32. 124 million parameters, as GPT-2's smallest: --num_layers=12 --d_model=768
-    --d_ff=3072 --length=1024 --vocab_size=50257 --heads=12.
+    --d_ff=3072 --length=1024 --vocab_size=50257 --heads=12. On a GPU training waits for no step: --steps=8 waits for
+    each eighth, and times are still those of one.
     """
 
     heads: tuple[int, ...] = (1, 4, 16, 32)
@@ -138,6 +145,7 @@ class Setting:
     vocab_size: int | None = None
     dtype: str | None = None
     devices: int | None = None
+    steps: int = 1
     rounds: int = 15
     profile: bool = False
 
@@ -161,12 +169,18 @@ def measure(setting: Setting) -> dict[str, Any]:
     rows, runs = [], setting.runs  # after the devices: to choose a dtype starts JAX
     for run in runs:
         batch = random_batch(run)
-        peers, missing = torch_steps(run, batch)
-        steps = {OURS: our_step(run, batch, devices), FLOOR: floor_step(run, devices), **peers}
-        rows.append(result_row(run, race(steps, setting.rounds)))
+        peers, missing = torch_steps(run, batch, setting.steps)
+        products = floor_step(run, devices)
+        calls = {OURS: our_step(run, batch, devices, setting.steps), FLOOR: _repeated(products, setting.steps), **peers}
+        seconds = {name: [s / setting.steps for s in times] for name, times in race(calls, setting.rounds).items()}
+        rows.append(result_row(run, seconds))
         notes += [line for line in missing if line not in notes]
     profiles = {run.model.num_heads: profile(run, setting.rounds) for run in runs} if setting.profile else {}
     return {"rows": rows, "notes": notes, "profile": profiles}
+
+
+def _repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
+    return lambda: [call() for _ in range(times)]
 
 
 def result_row(run: RunSpec, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from mha_jax.attention.dropout import dropout
 from mha_jax.attention.gates import make_gate
+from mha_jax.attention.target import target
 from mha_jax.attention.visibility import Causal, Padding, Segments
 from mha_jax.models.blocks import Keys, Stack, fold
 from mha_jax.models.cost import matched_d_ff
@@ -80,9 +81,16 @@ def _wide_scores(wide: Any, x_ND: Array, table_CD: Array) -> Float[Array, "N C"]
     """x @ table.T, summed and returned in the wide type.
 
     The slopes of the scores are rounded to the narrow type, as every other layer's are: left wide, both products of the
-    backward pass would be of wide numbers, at half the speed or less of narrow ones on an accelerator.
+    backward pass would be of wide numbers, at half the speed or less of narrow ones on an accelerator. Odd numbers of
+    tokens cost as much there, so the table is filled up.
     """
-    return jnp.einsum("ND,CD->NC", x_ND, table_CD, preferred_element_type=wide)
+    scores_NC = jnp.einsum("ND,CD->NC", x_ND, _filled_up(table_CD), preferred_element_type=wide)
+    return scores_NC[:, : len(table_CD)]
+
+
+def _filled_up(table_CD: Array) -> Array:
+    """Zeroes below, to a number of rows that matrix units take at their best."""
+    return jnp.pad(table_CD, ((0, -len(table_CD) % 128), (0, 0))) if target() != "cpu" else table_CD
 
 
 def _wide_scores_fwd(wide: Any, x_ND: Array, table_CD: Array) -> Any:
@@ -91,10 +99,11 @@ def _wide_scores_fwd(wide: Any, x_ND: Array, table_CD: Array) -> Any:
 
 def _wide_scores_bwd(wide: Any, saved: Any, slopes_NC: Array) -> tuple[Array, Array]:
     x_ND, table_CD = saved
-    slopes_NC = slopes_NC.astype(x_ND.dtype)
-    by_x = jnp.einsum("NC,CD->ND", slopes_NC, table_CD, preferred_element_type=wide)
+    filled_CD = _filled_up(table_CD)
+    slopes_NC = jnp.pad(slopes_NC.astype(x_ND.dtype), ((0, 0), (0, len(filled_CD) - len(table_CD))))
+    by_x = jnp.einsum("NC,CD->ND", slopes_NC, filled_CD, preferred_element_type=wide)
     by_table = jnp.einsum("NC,ND->CD", slopes_NC, x_ND, preferred_element_type=wide)
-    return by_x.astype(x_ND.dtype), by_table.astype(table_CD.dtype)
+    return by_x.astype(x_ND.dtype), by_table[: len(table_CD)].astype(table_CD.dtype)
 
 
 _wide_scores.defvjp(_wide_scores_fwd, _wide_scores_bwd)

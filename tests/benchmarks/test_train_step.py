@@ -20,7 +20,7 @@ def test_head_counts_share_one_width_one_cost_and_one_number_of_parameters():
 
 @pytest.mark.slow
 def test_the_script_times_every_contestant_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_step, "torch_steps", lambda run, batch: ({}, ["PyTorch is left out here"]))
+    monkeypatch.setattr(train_step, "torch_steps", lambda run, batch, steps: ({}, ["PyTorch is left out here"]))
     out = tmp_path / "bench.json"
     assert bench.main(["bench", "train_step", "--heads=3", "--rounds=2", "--profile", f"--out={out}", *TINY]) == 0
     printed, result = capsys.readouterr().out, json.loads(out.read_text())

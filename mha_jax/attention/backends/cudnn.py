@@ -99,18 +99,31 @@ def attend(
     if not isinstance(scale, (int, float)):
         # The kernel's scale is part of the program.
         q, scale = (q * scale).astype(q.dtype), 1.0
+    (batch, queries, _, _), keys = q.shape, k.shape[1]
+    if keys % 2 and not found.is_causal and found.lengths is None:
+        found = found._replace(lengths=jnp.full(1, keys, jnp.int32))
     if found.lengths is not None:
         k, v = (_zero_behind(x, found.lengths) for x in (k, v))
         # With these and the values zero, an example without keys gives zeroes.
         q = _zero_without_keys(q, found.lengths)
-    options = found.options(q.shape[0], k.shape[1])
-    return jax.nn.dot_product_attention(q, k, v, scale=float(scale), implementation=implementation, **options)
+    options = found.options(batch, keys)
+    q, k, v = map(_evened, (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, scale=float(scale), implementation=implementation, **options)
+    return out[:, :queries]
 
 
 def _conjuncts(rule: Rule) -> list[Any]:
     if isinstance(rule, And):
         return [part for side in rule.parts for part in _conjuncts(side)]
     return [rule]
+
+
+def _evened(x_BTHX: Array) -> Array:
+    """One more position where their number is odd, of which JAX's kernel has no gradient.
+
+    No real query sees it: it is behind the end of a length, or of a triangle.
+    """
+    return jnp.pad(x_BTHX, ((0, 0), (0, x_BTHX.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def _zero_behind(x_BSGX: Array, lengths: Int32[Array, "b"]) -> Array:
