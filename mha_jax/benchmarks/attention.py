@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,8 +82,11 @@ class _Cell:
         """Adds a contestant, or the line that says why it does not run."""
         if not self.setting.wants(name):
             return
+        start = time.perf_counter()
         try:
             self.programs[name] = build()
+            told = f"{self.mode}, {self.num_heads} heads, {name}: made in {time.perf_counter() - start:.1f} s"
+            print(told, file=sys.stderr, flush=True)
         except refusals as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             self.refused[f"{name} does not run {self.mode}"] = why

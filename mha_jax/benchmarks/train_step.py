@@ -160,9 +160,9 @@ class Setting:
 def measure(setting: Setting) -> dict[str, Any]:
     """Times all contestants in turns, one head count after the other: together they would crowd the memory.
 
-    Returns: "rows", one a run: "seconds" of every round by contestant, "step_ms" and "tokens_per_second" from their
-    medians, "ratio" of our step to each other contestant's, taken round by round; "notes"; and with profile "profile",
-    a head count's parts.
+    Returns: "dtype" of the computation; "rows", one a run: "seconds" of every round by contestant, "step_ms" and
+    "tokens_per_second" from their medians, "ratio" of our step to each other contestant's, taken round by round;
+    "notes"; and with profile "profile", a head count's parts.
     """
     notes: list[str] = []
     devices = programs.share_out(setting.batch_size, programs.use_devices(setting.devices))
@@ -176,7 +176,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         rows.append(result_row(run, seconds))
         notes += [line for line in missing if line not in notes]
     profiles = {run.model.num_heads: profile(run, setting.rounds) for run in runs} if setting.profile else {}
-    return {"rows": rows, "notes": notes, "profile": profiles}
+    return {"dtype": runs[0].model.dtype, "rows": rows, "notes": notes, "profile": profiles}
 
 
 def _repeated(call: Callable[[], object], times: int) -> Callable[[], object]:

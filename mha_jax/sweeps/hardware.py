@@ -78,7 +78,7 @@ def this_cpu() -> Device:
 def speed(device: Device, records: Path = RECORDS) -> Speed:
     """What to expect of a device: what `bench train_step` reached on it, or else an assumed part of its peak.
 
-    A record counts for its own kind of device, on a CPU for the same processor; it is of float32, and other types are
+    A record counts for its own kind of device, on a CPU for the same processor; other types than the record's are
     expected to reach the same part of their peaks.
 
     Args:   records: the directory with the benchmark's JSON files.
@@ -90,16 +90,16 @@ def speed(device: Device, records: Path = RECORDS) -> Speed:
             "record of `bench train_step` on it"
         )
         return Speed({dtype: ASSUMED * peak for dtype, peak in device.peak_flops.items()}, basis)
-    reached, file = measured
-    part = reached / device.peak_flops["float32"]
-    basis = f"{_tera({'float32': reached})}, as `bench train_step` reached on it ({file})"
+    reached, dtype, file = measured
+    part = reached / device.peak_flops[dtype]
+    basis = f"{_tera({dtype: reached})}, as `bench train_step` reached on it ({file})"
     if device.kinds != ("cpu",):
         basis += f": {part:.0%} of the peak of {_tera(device.peak_flops)} ({device.source})"
     return Speed({dtype: part * peak for dtype, peak in device.peak_flops.items()}, basis)
 
 
-def _measured(device: Device, records: Path) -> tuple[float, str] | None:
-    """FLOP/s a device in the last record of its kind by file name, the median over its head counts, and the file."""
+def _measured(device: Device, records: Path) -> tuple[float, str, str] | None:
+    """FLOP/s a device in the last record of its kind by file name, the median over its head counts; dtype, and file."""
     found = None
     for path in sorted(records.glob("*.json")):
         record = json.loads(path.read_text())
@@ -110,7 +110,7 @@ def _measured(device: Device, records: Path) -> tuple[float, str] | None:
         if machine["device"] in device.kinds and (not on_cpu or machine["processor"] == device.name) and rows:
             count = machine["cores"] if on_cpu else record["setting"]["devices"] or machine["devices"]
             rates = [1e3 * row["step_flops"] / row["step_ms"]["mha_jax"]["median"] / count for row in rows]
-            found = statistics.median(rates), path.name
+            found = statistics.median(rates), record.get("dtype", "float32"), path.name
     return found
 
 

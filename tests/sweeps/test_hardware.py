@@ -20,10 +20,10 @@ def write(path, value):
     return str(path)
 
 
-def record(path, device, *, step_flops, milliseconds, processor="P", devices=1, benchmark="train_step"):
+def record(path, device, *, step_flops, milliseconds, processor="P", devices=1, benchmark="train_step", **said):
     rows = [{"step_flops": step_flops, "step_ms": {"mha_jax": {"median": ms}}} for ms in milliseconds]
     machine = {"processor": processor, "cores": 4, "device": device, "devices": devices}
-    write(path, {"benchmark": benchmark, "environment": machine, "setting": {"devices": None}, "rows": rows})
+    write(path, {"benchmark": benchmark, "environment": machine, "setting": {"devices": None}, "rows": rows, **said})
 
 
 def test_every_device_of_the_table_is_found_by_name_and_by_kind():
@@ -89,6 +89,12 @@ def test_a_record_of_the_device_tells_what_part_of_the_peak_is_reached(tmp_path)
     assert "a.json" in speed.basis and "25%" in speed.basis
 
 
+def test_a_record_in_another_type_is_a_part_of_that_types_peak(tmp_path):
+    device = hardware.table()["a100-40gb"]
+    record(tmp_path / "a.json", device.kinds[0], step_flops=156e12, milliseconds=[1e3], dtype="bfloat16")
+    assert hardware.speed(device, tmp_path).flops_per_second["float32"] == pytest.approx(78e12)
+
+
 def test_a_record_of_a_cpu_is_of_its_cores_and_counts_on_that_processor_only(tmp_path):
     core = hardware.Device("P", ("cpu",), {"float32": 9e9, "float64": 4.5e9}, None, None, "timed")
     record(tmp_path / "a.json", "cpu", step_flops=4e9, milliseconds=[500], processor="another")
@@ -100,7 +106,8 @@ def test_a_record_of_a_cpu_is_of_its_cores_and_counts_on_that_processor_only(tmp
 
 def test_the_records_of_this_repository_are_understood():
     files = [json.loads(path.read_text()) for path in hardware.RECORDS.glob("*.json")]
-    (of_cpu,) = [file for file in files if file.get("benchmark") == "train_step"]
+    of_steps = [file for file in files if file.get("benchmark") == "train_step"]
+    (of_cpu,) = [file for file in of_steps if file["environment"]["device"] == "cpu"]
     core = hardware.Device(of_cpu["environment"]["processor"], ("cpu",), {"float32": 1e11}, None, None, "timed")
     # A core computes between a billion and a trillion operations a second.
     assert 1e9 < hardware.speed(core).flops_per_second["float32"] < 1e12
