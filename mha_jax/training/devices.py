@@ -1,6 +1,7 @@
 """On CPU every core is a device: a batch split over cores outruns operations that are each split over threads."""
 
 import contextlib
+import importlib.util
 import os
 
 import jax
@@ -9,6 +10,9 @@ from mha_jax.cores import num_cores
 from mha_jax.data import batch_shapes
 from mha_jax.specs import RunSpec
 from mha_jax.training import hosts
+
+# LLVM's second level: the same numbers in the same time as its third, but compiled a tenth to a half sooner.
+_COMPILED_SOONER = "--xla_backend_optimization_level=2"
 
 
 def cpu_devices(run: RunSpec, cores: int) -> int:
@@ -37,11 +41,20 @@ def devices_each(run: RunSpec, processes: int) -> int:
 def use_cores(run: RunSpec) -> None:
     """Tells JAX how many CPU devices to make, unless XLA_FLAGS does. Comes before anything else that touches a device.
 
-    Where JAX finds an accelerator this changes nothing.
+    Where JAX finds an accelerator this changes nothing; where it can find none, CPU programs are compiled sooner.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
+    _compile_sooner()
     processes = hosts.group().num_processes
     count = devices_each(run, processes) if processes > 1 else cpu_devices(run, num_cores())
     with contextlib.suppress(RuntimeError):  # JAX has started, as in a notebook: its devices are what they are
         jax.config.update("jax_num_cpu_devices", count)
+
+
+def _compile_sooner() -> None:
+    """XLA reads its flags once, as the first device is touched: whether that is a CPU must be known before."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_optimization_level" in flags or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_COMPILED_SOONER}".strip()

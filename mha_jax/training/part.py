@@ -93,7 +93,8 @@ class Part:
 
         Raises: UserError for checkpoints of another config, and for none where the run has no other start.
         """
-        restored = self.checkpoints.restore(program.abstract_state(self.run))
+        # Without a checkpoint nobody asks for the state's shapes, which take a while to find.
+        restored = self.checkpoints.restore(program.abstract_state(self.run) if self.checkpoints.steps() else None)
         self.problems = list(self.checkpoints.problems)
         if restored is None and self.run.parent is not None:
             raise UserError(

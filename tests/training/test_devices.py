@@ -1,8 +1,12 @@
 """How many CPU devices a run gets."""
 
+import importlib.util
+import os
+
+import jax
 import pytest
 
-from mha_jax.training.devices import cpu_devices, devices_each
+from mha_jax.training.devices import cpu_devices, devices_each, use_cores
 from tests import tiny
 
 
@@ -33,3 +37,21 @@ def test_every_bucket_of_a_translation_run_is_split():
 )
 def test_each_of_two_processes_has_one_device_or_what_the_mesh_asks_for(overrides, each):
     assert devices_each(tiny.run("lm", **overrides), 2) == each
+
+
+@pytest.mark.parametrize(
+    ("given", "plugins", "flags"),
+    [
+        ("", (), "--xla_backend_optimization_level=2"),
+        ("--xla_cpu_use_onednn=true", (), "--xla_cpu_use_onednn=true --xla_backend_optimization_level=2"),
+        ("--xla_backend_optimization_level=1", (), "--xla_backend_optimization_level=1"),
+        ("", ("jax_plugins",), ""),  # there may be a GPU
+        ("", ("libtpu",), ""),
+    ],
+)
+def test_programs_are_compiled_sooner_where_there_is_but_a_cpu(given, plugins, flags, monkeypatch):
+    jax.devices()  # JAX has started: the number of its devices stays
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here" if name in plugins else None)
+    use_cores(tiny.run("lm"))
+    assert os.environ["XLA_FLAGS"] == flags
