@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mha_jax.attention.backends import blockwise, cudnn, diagonals, einsum, pallas, rows, splash
+from mha_jax.attention.backends import blockwise, cudnn, diagonals, einsum, pallas, rows, splash, strips
 from mha_jax.attention.backends.call import Call
 from mha_jax.attention.dropout import keys_per_example
 from mha_jax.attention.regions import Span
@@ -21,6 +21,7 @@ BACKENDS = {
     "einsum": einsum,
     "blockwise": blockwise,
     "diagonals": diagonals,
+    "strips": strips,
     "cudnn": cudnn,
     "pallas": pallas,
     "rows": rows,
@@ -137,6 +138,8 @@ def choose_backend(name: str, call: Call) -> Choice:
         return Choice("einsum", {})
     if diagonals.pays(call):
         return Choice("diagonals", {})
+    if strips.pays(call):
+        return Choice("strips", {})
     refused: dict[str, str] = {}
     for candidate in _PREFERRED.get(target(), ("blockwise",)):
         reason = BACKENDS[candidate].refusal(call)

@@ -249,7 +249,7 @@ def test_auto_takes_diagonals_where_tiles_would_pay_for_much_more():
     for rule, name in (
         (Causal() & LogSparse(), "diagonals"),
         (SlidingWindow(5, dilation=64), "diagonals"),
-        (SlidingWindow(16), "blockwise"),
+        (SlidingWindow(64), "strips"),
         (Causal() & LogSparse() & Padding(jnp.array([5, 7])), "blockwise"),
     ):
         assert choose_backend("auto", dataclasses.replace(call(4096, 4096), rule=rule)).name == name

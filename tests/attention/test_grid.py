@@ -152,6 +152,13 @@ def test_backend_agrees_with_the_definition_on_the_grid(backend: str, part: int)
     assert any(served) if backend == "diagonals" else all(served)
 
 
+@pytest.mark.slow
+def test_strips_agree_with_the_definition_wherever_they_serve():
+    served = {GRID[seed].rule for seed in RUN[1::4] if check(GRID[seed], "strips", seed)}
+    jax.clear_caches()
+    assert {"window", "padding", "segments"} <= served
+
+
 def test_grid_covers_every_value_of_every_axis():
     assert len(set(GRID)) >= 500
     for axis, values in zip(zip(*GRID, strict=True), (HEADS, WIDTHS, LENGTHS, RULES, GATES), strict=False):

@@ -18,7 +18,18 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from mha_jax.attention.backends.call import Call, regular_groups
-from mha_jax.attention.backends.tile import Tile, add, clean, for_each, kept_in, load, logits_of, store, visible_in
+from mha_jax.attention.backends.tile import (
+    Tile,
+    add,
+    clean,
+    for_each,
+    kept_in,
+    load,
+    logits_of,
+    store,
+    sum_of_products,
+    visible_in,
+)
 from mha_jax.attention.backends.tiling import Plan, make_plan
 from mha_jax.attention.dropout import key_words
 from mha_jax.attention.regions import Span
@@ -160,7 +171,7 @@ def _backward(
     tiles, heads = plan.tiles, plan.heads_at_once
     (batch, keys, _, qk_dim), wide = k_BSHK.shape, jnp.promote_types(q_BTHK.dtype, jnp.float32)
     columns = keys // tiles.block_k
-    inner_BHT = jnp.einsum("bthv,bthv->bht", dout_BTHV, out_BTHV, preferred_element_type=wide)
+    inner_BHT = sum_of_products(dout_BTHV, out_BTHV)
 
     def column(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         h, s = Span(i // columns * heads, heads), Span(i % columns * tiles.block_k, tiles.block_k)

@@ -19,6 +19,8 @@ _VISIT = 2**12
 _BLOCKS = (64, 128, 256)
 # A mask costs about this share of the work on a tile.
 _MASK = 0.3
+# And where it is made once for all heads.
+_STRIP_MASK = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,33 @@ def make_plan(
     candidates = [
         _candidate(rule, batch, queries, keys, heads, scale, dropout_rate, block) for block in _blocks(queries, keys)
     ]
-    return min(candidates, key=lambda found: _cost(found[0], batch))
+    return min(candidates, key=lambda found: tiles_cost(found[0], batch))
+
+
+def plan_strips(
+    rule: Rule, batch: int, queries: int, keys: int, heads: int, scale: float, dropout_rate: float
+) -> tuple[Plan, Rule]:
+    """Small tiles, of which `strips_of` makes one strip a row; the rule is that over padded lengths."""
+    plan, rule = _candidate(rule, batch, queries, keys, heads, scale, dropout_rate, _blocks(queries, keys)[0])
+    # A strip is gone through once, where tiles go back to their sums: twice as much at once is better.
+    area = strips_of(plan.tiles)[1] * plan.tiles.block_q // 2
+    return dataclasses.replace(plan, heads_at_once=_heads_at_once(batch, heads, area, per_head=False)), rule
+
+
+def strips_of(tiles: BlockMap) -> tuple[np.ndarray, int]:
+    """Where each row's strip starts, and how wide all are: every strip holds what its row sees, of any head."""
+    seen = (tiles.kinds != EMPTY).any(0)
+    columns = seen.shape[1]
+    first, end = seen.argmax(1), columns - seen[:, ::-1].argmax(1)
+    width = int(np.where(seen.any(1), end - first, 1).max())
+    return np.minimum(first, columns - width) * tiles.block_k, width * tiles.block_k
+
+
+def strip_cost(plan: Plan, batch: int) -> float:
+    """As `tiles_cost`, for a strip a row."""
+    rows, width = plan.tiles.kinds.shape[1], strips_of(plan.tiles)[1]
+    elements = (1 + _STRIP_MASK) * rows * plan.tiles.block_q * width * batch * plan.heads
+    return elements + _VISIT * rows * plan.heads / plan.heads_at_once
 
 
 def _blocks(queries: int, keys: int) -> list[int]:
@@ -121,7 +149,7 @@ def _cached_elements() -> int:
     return _CACHED if threads == 1 else _CACHED * 16
 
 
-def _cost(plan: Plan, batch: int) -> float:
+def tiles_cost(plan: Plan, batch: int) -> float:
     """Elements worked on, and visits counted as elements."""
     kinds = plan.tiles.kinds
     heads = plan.heads // len(kinds)
