@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mha_jax.attention.attend import attend, broadcast_gate, check_backend
 from mha_jax.attention.gates import HardConcreteGate, ScalarGate
+from mha_jax.attention.product import product
 from mha_jax.attention.rotary import rotate
 from mha_jax.attention.routing import Router, note_routes
 from mha_jax.attention.span import AdaptiveSpan
@@ -50,7 +51,7 @@ class Projection(nnx.Module):
         inner, outer = kernel.shape[: self.contracted], kernel.shape[self.contracted :]
         # One product of two matrices: with more axes, XLA on CPU takes half as long again for the gradients.
         rows = x.astype(dtype).reshape(x.shape[0] * x.shape[1], math.prod(inner))
-        y = (rows @ kernel.reshape(math.prod(inner), math.prod(outer))).reshape(*x.shape[:2], *outer)
+        y = product(rows, kernel.reshape(math.prod(inner), math.prod(outer))).reshape(*x.shape[:2], *outer)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(dtype)

@@ -14,7 +14,7 @@ from mha_jax.attention.dropout import dropout
 from mha_jax.attention.multihead import MultiHeadAttention
 from mha_jax.attention.routing import Route, note_routes, routes
 from mha_jax.attention.visibility import Full, Rule
-from mha_jax.models.feed_forward import FeedForward, Norm, make_norm, param_dtype
+from mha_jax.models.feed_forward import FeedForward, Norm, make_norm, normed, param_dtype
 from mha_jax.models.positions import Positions, embedding_scale
 from mha_jax.specs import HeadShape, ModelSpec, SpanSpec
 
@@ -79,7 +79,7 @@ class Block(nnx.Module):
 
     def before(self, x_BTD: Float[Array, "B T D"], norm: Norm) -> Float[Array, "B T D"]:
         """What the sublayer reads."""
-        return norm(x_BTD).astype(x_BTD.dtype) if self.norm == "pre" else x_BTD
+        return normed(norm, x_BTD) if self.norm == "pre" else x_BTD
 
     def after(
         self, x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"], norm: Norm, keys: Keys = None
@@ -88,7 +88,7 @@ class Block(nnx.Module):
         if keys is not None:
             y_BTD = dropout(y_BTD, keys, self.dropout_rate)
         x_BTD = x_BTD + y_BTD.astype(x_BTD.dtype)
-        return norm(x_BTD).astype(x_BTD.dtype) if self.norm == "post" else x_BTD
+        return normed(norm, x_BTD) if self.norm == "post" else x_BTD
 
     def attend(
         self,
@@ -206,12 +206,12 @@ class Stack(nnx.Module):
         """Embedded tokens as the first block reads them."""
         x_BTD = self.positions(x_BTD, positions_T)
         if self.embedding_norm is not None:
-            x_BTD = self.embedding_norm(x_BTD).astype(x_BTD.dtype)
+            x_BTD = normed(self.embedding_norm, x_BTD)
         return x_BTD if keys is None else dropout(x_BTD, keys, self.dropout_rate)
 
     def leave(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What the stack hands on after the last block."""
-        return x_BTD if self.final_norm is None else self.final_norm(x_BTD).astype(x_BTD.dtype)
+        return x_BTD if self.final_norm is None else normed(self.final_norm, x_BTD)
 
     def __call__(
         self,

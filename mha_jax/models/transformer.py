@@ -14,7 +14,7 @@ from mha_jax.attention.target import target
 from mha_jax.attention.visibility import Causal, Padding, Segments
 from mha_jax.models.blocks import Keys, Stack, fold
 from mha_jax.models.cost import matched_d_ff
-from mha_jax.models.feed_forward import ACTIVATIONS, linear, make_norm, param_dtype
+from mha_jax.models.feed_forward import ACTIVATIONS, linear, make_norm, normed, param_dtype
 from mha_jax.models.positions import embedding_scale
 from mha_jax.specs import ModelSpec, RunSpec, UserError
 
@@ -159,7 +159,7 @@ class MaskedHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(num_tokens, param_dtype(spec)))
 
     def __call__(self, x_BTD: Float[Array, "B T D"], tokens: TokenTable) -> Float[Array, "B T C"]:
-        y_BTD = self.norm(self.activation(self.dense(x_BTD))).astype(x_BTD.dtype)
+        y_BTD = normed(self.norm, self.activation(self.dense(x_BTD)))
         return tokens.logits(y_BTD) + self.bias[...][None, None, :]
 
 

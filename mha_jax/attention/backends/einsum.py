@@ -47,8 +47,8 @@ def attend(
         visible_BHTS = visible_BHTS & (factor_HTS > 0)[None]
     if not (rule.sees_self and queries == keys):
         q, k, v = _zero_invisible(q, k, v, visible_BHTS)
-    q_BGXK = q.swapaxes(1, 2).reshape(*merged, q.shape[-1])
-    logits_BGXS = jnp.einsum("BGXK,BSGK->BGXS", q_BGXK, k, preferred_element_type=wide)
+    q_BGXK, k_BGSK, v_BGSV = q.swapaxes(1, 2).reshape(*merged, q.shape[-1]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    logits_BGXS = jnp.einsum("BGXK,BGSK->BGXS", q_BGXK, k_BGSK, preferred_element_type=wide)
     logits_BHTS = jnp.where(visible_BHTS, logits_BGXS.reshape(batch, heads, queries, keys) * scale, -jnp.inf)
     # The floor is finite, so that an empty row gives exp(-inf) = 0 and not exp(-inf + inf).
     top_BHT1 = jax.lax.stop_gradient(logits_BHTS).max(axis=-1, keepdims=True, initial=jnp.finfo(wide).min)
@@ -62,8 +62,11 @@ def attend(
         weights_BHTS = jnp.where(attention_keep(dropout_keys, *indices, rate=dropout_rate), weights_BHTS, 0)
         total_BHT1 = total_BHT1 * (1 - dropout_rate)
     weights_BGXS = weights_BHTS.astype(v.dtype).reshape(*merged, keys)
-    out_BGXV = jnp.einsum("BGXS,BSGV->BGXV", weights_BGXS, v, preferred_element_type=wide)
-    out_BHTV = out_BGXV.reshape(batch, heads, queries, v.shape[-1]) / jnp.where(total_BHT1 > 0, total_BHT1, 1)
+    out_BGXV = jnp.einsum("BGXS,BGSV->BGXV", weights_BGXS, v_BGSV, preferred_element_type=wide)
+    # Rows of one matrix: with more axes, XLA on CPU takes several times as long for the gradient of the sums.
+    share_N1 = (1 / jnp.where(total_BHT1 > 0, total_BHT1, 1)).reshape(batch * heads * queries, 1)
+    out_NV = out_BGXV.reshape(batch * heads * queries, v.shape[-1]) * share_N1
+    out_BHTV = out_NV.reshape(batch, heads, queries, v.shape[-1])
     return out_BHTV.swapaxes(1, 2).astype(q.dtype)
 
 
