@@ -53,7 +53,7 @@ def test_only_what_is_chosen_is_there(model):
     tensors = found["decoder/0/cross_attention"]
     assert tensors["logits"].shape == (1, 2, 7, 5)
     assert tensors["head_output"].shape[:3] == (1, 7, 2)
-    maps = attention_maps(model, batch)["decoder/0/cross_attention"]
+    maps = jax.jit(lambda model: attention_maps(model, batch))(model)["decoder/0/cross_attention"]
     weights = np.exp(tensors["logits"])
     np.testing.assert_allclose(weights / weights.sum(-1, keepdims=True), maps[1:][:, [5, 1]], atol=ATOL)
     assert np.isneginf(tensors["logits"][..., 3:]).all()  # the source has 3 tokens
