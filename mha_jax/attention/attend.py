@@ -29,8 +29,9 @@ BACKENDS = {
 }
 # What "auto" asks in turn; `blockwise` serves every call.
 _PREFERRED = {"gpu": ("cudnn", "pallas", "rows", "blockwise"), "tpu": ("splash", "blockwise")}
-# So many weights, B * H * T * S of them, are quicker held whole (8 MB in float32) than visited tile by tile.
-FEW_WEIGHTS = 2**21
+# So many weights, B * H * T * S of them, are quicker held whole (8 MB in float32) than visited tile by tile, of squares
+# in which few tiles could be left out.
+_FEW_WEIGHTS, _SMALL_SQUARE = 2**21, 2**17
 
 
 def attend(
@@ -134,7 +135,7 @@ def choose_backend(name: str, call: Call) -> Choice:
         if reason is not None:
             raise UserError(f"backend={name!r} cannot serve this attention: {reason}")
         return Choice(name, {})
-    if call.batch * call.heads * call.queries * call.keys <= FEW_WEIGHTS:
+    if held_whole(call.batch * call.heads, call.queries, call.keys):
         return Choice("einsum", {})
     if diagonals.pays(call):
         return Choice("diagonals", {})
@@ -147,6 +148,11 @@ def choose_backend(name: str, call: Call) -> Choice:
             return Choice(candidate, refused)
         refused[candidate] = reason
     raise AssertionError("blockwise serves every call")
+
+
+def held_whole(squares: int, queries: int, keys: int) -> bool:
+    """Whether "auto" holds all weights at once, of so many squares (B * H) of T x S."""
+    return queries * keys <= _SMALL_SQUARE and squares * queries * keys <= _FEW_WEIGHTS
 
 
 _partitioned: contextvars.ContextVar[bool] = contextvars.ContextVar("partitioned", default=False)

@@ -2,7 +2,7 @@
 
 import math
 
-from mha_jax.attention.attend import FEW_WEIGHTS
+from mha_jax.attention.attend import held_whole
 from mha_jax.data import batch_shapes
 from mha_jax.models import cost
 from mha_jax.specs import ATTENTION_KINDS, HeadShape, RunSpec
@@ -56,7 +56,7 @@ def _activations(run: RunSpec, positions: int, on_cpu: bool) -> int:
     length = run.data.length
 
     def attention(shape: HeadShape) -> int:
-        few = model.backend == "auto" and positions * shape.num_heads * length <= FEW_WEIGHTS
+        few = model.backend == "auto" and held_whole(positions * shape.num_heads // length, length, length)
         widths = (shape.num_heads + shape.num_kv_heads) * (shape.qk_dim + shape.v_dim)
         weights = shape.num_heads * length if few or model.backend == "einsum" else widths
         return 4 * model.d_model + widths + weights
