@@ -21,10 +21,10 @@ from tests import tiny
 from tests.attention import oracle
 from tests.attention.test_grid import CELLS, GRID, check
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU"),
-]
+if jax.default_backend() != "gpu":
+    pytest.skip("there is no GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
