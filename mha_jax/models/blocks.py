@@ -88,7 +88,10 @@ class Block(nnx.Module):
         if keys is not None:
             y_BTD = dropout(y_BTD, keys, self.dropout_rate)
         x_BTD = x_BTD + y_BTD.astype(x_BTD.dtype)
-        return normed(norm, x_BTD) if self.norm == "post" else x_BTD
+        if self.norm == "pre":
+            return x_BTD
+        # Right behind dropout the norm stays as it is: as rows, each of its passes would draw dropout's bits anew.
+        return normed(norm, x_BTD) if keys is None else norm(x_BTD).astype(x_BTD.dtype)
 
     def attend(
         self,
