@@ -75,7 +75,8 @@ def torch_step(
     A run in bfloat16 computes under autocast, with parameters in float32 as ours; float32 products may shorten their
     mantissas where JAX's may, on a GPU.
     """
-    torch.set_float32_matmul_precision("high")
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
     model = LanguageModel(run).to(device)
     optimizer = optimizer_of(model, run)
     loss_of = torch.compile(model) if compiled else model

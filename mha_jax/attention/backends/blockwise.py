@@ -11,13 +11,13 @@ its peak even where K is 8, which is never that of a large transposed left side.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
 
 from mha_jax.attention.backends.call import Call, regular_groups
+from mha_jax.attention.backends.gradient import differentiable
 from mha_jax.attention.backends.tile import (
     Tile,
     add,
@@ -78,24 +78,6 @@ def by_head(x_BSGX: Float[Array, "B S G X"], groups: tuple[int, ...]) -> Float[A
 def pad(x_BTHX: Float[Array, "B T H X"], length: int) -> Float[Array, "B length H X"]:
     """Zeros behind the end."""
     return jnp.pad(x_BTHX, ((0, 0), (0, length - x_BTHX.shape[1]), (0, 0), (0, 0)))
-
-
-def _output(plan: Plan, rule: Rule, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array) -> Array:
-    return forward(plan, rule, words, q_BTHK, k_BSHK, v_BSHV)[0]
-
-
-def _attention_fwd(plan: Plan, rule: Rule, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array) -> Any:
-    out_BTHV, lse_BHT, _ = forward(plan, rule, words, q_BTHK, k_BSHK, v_BSHV)
-    return out_BTHV, (rule, words, q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BHT)
-
-
-def _attention_bwd(plan: Plan, saved: Any, dout_BTHV: Array) -> Any:
-    rule, words, *arrays, out_BTHV, lse_BHT = saved
-    return None, None, *_backward(plan, rule, words, arrays, out_BTHV, lse_BHT, dout_BTHV)
-
-
-_attention: Any = jax.custom_vjp(_output, nondiff_argnums=(0,))
-_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 # What is averaged by the weights beside the values: a number for each place, from its logit, query and key position.
@@ -207,3 +189,6 @@ def _backward(
     start = jnp.zeros(q_BTHK.shape, wide), jnp.zeros_like(k_BSHK), jnp.zeros_like(v_BSHV)
     dq_BTHK, dk_BSHK, dv_BSHV = lax.fori_loop(0, plan.num_steps * columns, column, start)
     return (dq_BTHK * plan.scale).astype(q_BTHK.dtype), dk_BSHK, dv_BSHV
+
+
+_attention = differentiable(forward, _backward)

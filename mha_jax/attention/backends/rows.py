@@ -5,16 +5,15 @@ vendor's library does at its peak, and the softmax costs little: few heads are w
 log-sum-exp; backward, every row is computed anew. The program is unrolled, a row after the other.
 """
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
 from mha_jax.attention.backends.blockwise import by_head
 from mha_jax.attention.backends.call import Call
+from mha_jax.attention.backends.gradient import differentiable
 from mha_jax.attention.backends.tile import Tile, clean, kept_in, logits_of, visible_in
 from mha_jax.attention.backends.tiling import Plan
 from mha_jax.attention.blockmap import EMPTY, FULL, BlockMap
@@ -90,12 +89,10 @@ def _of(x_BHTX: Array, span: Span) -> Array:
     return x_BHTX[:, :, span.start : span.start + span.size]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, rule: Rule, words: Any, q_BHTK: Array, k_BHSK: Array, v_BHSV: Array) -> Array:
-    return _forward(plan, rule, words, q_BHTK, k_BHSK, v_BHSV)[0]
-
-
-def _forward(plan: Plan, rule: Rule, words: Any, q_BHTK: Array, k_BHSK: Array, v_BHSV: Array) -> tuple[Array, Any]:
+def _forward(
+    plan: Plan, rule: Rule, words: Any, q_BHTK: Array, k_BHSK: Array, v_BHSV: Array
+) -> tuple[Float[Array, "B H T V"], Float[Array, "B H T"]]:
+    """The output, and log(sum over s of exp(logit)); 0 where a query sees nothing."""
     wide = jnp.promote_types(q_BHTK.dtype, jnp.float32)
     out_BHTV = jnp.zeros((*q_BHTK.shape[:3], v_BHSV.shape[3]), q_BHTK.dtype)
     lse_BHT = jnp.zeros(q_BHTK.shape[:3], wide)
@@ -115,12 +112,14 @@ def _forward(plan: Plan, rule: Rule, words: Any, q_BHTK: Array, k_BHSK: Array, v
         lse = jnp.where(total > 0, top + jnp.log(divisor), 0)[..., 0]
         at = (slice(None), slice(None), slice(row.t.start, row.t.start + row.t.size))
         out_BHTV, lse_BHT = out_BHTV.at[at].set(out), lse_BHT.at[at].set(lse)
-    return out_BHTV, (rule, words, q_BHTK, k_BHSK, v_BHSV, out_BHTV, lse_BHT)
+    return out_BHTV, lse_BHT
 
 
-def _backward(plan: Plan, saved: Any, dout_BHTV: Array) -> Any:
-    rule, words, q_BHTK, k_BHSK, v_BHSV, out_BHTV, lse_BHT = saved
-    wide = lse_BHT.dtype
+def _backward(
+    plan: Plan, rule: Rule, words: Any, arrays: list[Array], out_BHTV: Array, lse_BHT: Array, dout_BHTV: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients for q, k and v."""
+    (q_BHTK, k_BHSK, v_BHSV), wide = arrays, lse_BHT.dtype
     inner_BHT = (dout_BHTV.astype(wide) * out_BHTV.astype(wide)).sum(3)
     dq_BHTK = jnp.zeros_like(q_BHTK)
     dk_BHSK, dv_BHSV = jnp.zeros(k_BHSK.shape, wide), jnp.zeros(v_BHSV.shape, wide)
@@ -141,7 +140,7 @@ def _backward(plan: Plan, saved: Any, dout_BHTV: Array) -> Any:
         t, s = (slice(span.start, span.start + span.size) for span in (row.t, row.s))
         dq_BHTK = dq_BHTK.at[:, :, t].set(dq.astype(q.dtype))
         dk_BHSK, dv_BHSV = dk_BHSK.at[:, :, s].add(dk), dv_BHSV.at[:, :, s].add(dv)
-    return None, None, dq_BHTK, dk_BHSK.astype(k_BHSK.dtype), dv_BHSV.astype(v_BHSV.dtype)
+    return dq_BHTK, dk_BHSK.astype(k_BHSK.dtype), dv_BHSV.astype(v_BHSV.dtype)
 
 
-_attention.defvjp(_forward, _backward)
+_attention = differentiable(_forward, _backward)

@@ -6,13 +6,13 @@ keys meets the whole range of its queries: dk and dv are whole at the end of it,
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
 from mha_jax.attention.backends.blockwise import by_head, pad
 from mha_jax.attention.backends.call import Call
+from mha_jax.attention.backends.gradient import differentiable
 from mha_jax.attention.backends.tile import Tile, add, clean, kept_in, load, logits_of, store, sum_of_products
 from mha_jax.attention.backends.tiling import Plan, make_plan, plan_strips, strip_cost, strips_of, tiles_cost
 from mha_jax.attention.dropout import key_words
@@ -73,24 +73,6 @@ def attend(
     words = None if dropout_keys is None else key_words(dropout_keys)
     q, k, v = pad(q, plan.tiles.query_length), pad(k, plan.tiles.key_length), pad(v, plan.tiles.key_length)
     return _attention(plan, rule, words, q, k, v)[:, :queries]
-
-
-def _output(plan: Plan, rule: Rule, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array) -> Array:
-    return _forward(plan, rule, words, q_BTHK, k_BSHK, v_BSHV)[0]
-
-
-def _attention_fwd(plan: Plan, rule: Rule, words: Any, q_BTHK: Array, k_BSHK: Array, v_BSHV: Array) -> Any:
-    out_BTHV, lse_BHT = _forward(plan, rule, words, q_BTHK, k_BSHK, v_BSHV)
-    return out_BTHV, (rule, words, q_BTHK, k_BSHK, v_BSHV, out_BTHV, lse_BHT)
-
-
-def _attention_bwd(plan: Plan, saved: Any, dout_BTHV: Array) -> Any:
-    rule, words, *arrays, out_BTHV, lse_BHT = saved
-    return None, None, *_backward(plan, rule, words, arrays, out_BTHV, lse_BHT, dout_BTHV)
-
-
-_attention: Any = jax.custom_vjp(_output, nondiff_argnums=(0,))
-_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _forward(
@@ -169,3 +151,6 @@ def _backward(
     start = jnp.zeros(q_BTHK.shape, wide), jnp.zeros_like(k_BSHK), jnp.zeros_like(v_BSHV)
     dq_BTHK, dk_BSHK, dv_BSHV = lax.fori_loop(0, k_BSHK.shape[1] // tiles.block_k, column, start)
     return dq_BTHK.astype(q_BTHK.dtype), dk_BSHK, dv_BSHV
+
+
+_attention = differentiable(_forward, _backward)
