@@ -56,12 +56,12 @@ def forward(run: RunSpec, weights: dict[str, Any], x_ND: Float[Array, "N D"]) ->
 
 
 def draw_weights(run: RunSpec) -> dict[str, Any]:
-    """Normal weights that keep the chain's values near 1, so that no product meets an overflow or a denormal."""
+    """Normal weights in the run's dtype that keep the chain's values near 1: so no product overflows."""
     D, F, T = run.model.d_model, run.model.d_ff, run.data.length
     keys = iter(jax.random.split(jax.random.key(0), 1 + 6 * run.model.num_layers))
 
     def draw(rows: int, columns: int, gain: float = 1.0) -> Array:
-        return jax.random.normal(next(keys), (rows, columns)) * gain * rows**-0.5
+        return (jax.random.normal(next(keys), (rows, columns)) * gain * rows**-0.5).astype(run.model.dtype)
 
     def layer(heads: HeadShape) -> Weights:
         H, K, V = heads.num_heads, heads.qk_dim, heads.v_dim

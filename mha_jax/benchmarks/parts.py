@@ -57,7 +57,7 @@ def model_parts(run: RunSpec, batch: dict[str, Array]) -> dict[str, tuple[int, C
     shape = batch["inputs"].shape
 
     def normal(*widths: int) -> Array:
-        return jax.random.normal(next(keys), (*shape, *widths))
+        return jax.random.normal(next(keys), (*shape, *widths), run.model.dtype)
 
     heads, layers = block.attention.shape, run.model.num_layers
     H, K, V = heads.num_heads, heads.qk_dim, heads.v_dim
@@ -98,8 +98,8 @@ def floor_parts(run: RunSpec) -> dict[str, tuple[int, Call]]:
     """The same parts' matrix products; parts without any are left out."""
     weights, heads, layers = floor.draw_weights(run), run.model.heads("decoder")[0], run.model.num_layers
     layer = weights["layers"][0]
-    key = jax.random.key(3)
-    x_ND = jax.random.normal(key, (run.data.batch_size * run.data.length, run.model.d_model))
+    shape = (run.data.batch_size * run.data.length, run.model.d_model)
+    x_ND = jax.random.normal(jax.random.key(3), shape, run.model.dtype)
     q, k, v = floor.project(layer, x_ND)
 
     def projections(layer: floor.Weights, x_ND: Array, o: Array) -> Any:

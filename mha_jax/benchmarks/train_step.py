@@ -93,8 +93,8 @@ def our_step(
 
 def floor_step(run: RunSpec, devices: programs.Devices) -> Callable[[], object]:
     """The step's matrix products alone, forward and backward, chained as in the model and spread as the step is."""
-    x_ND = jax.random.normal(jax.random.key(2), (run.data.batch_size * run.data.length, run.model.d_model))
-    weights, x_ND = jax.tree.map(lambda x: x.astype(run.model.dtype), (floor.draw_weights(run), x_ND))
+    shape, weights = (run.data.batch_size * run.data.length, run.model.d_model), floor.draw_weights(run)
+    x_ND = jax.random.normal(jax.random.key(2), shape, run.model.dtype)
 
     def products(weights: Any, x_ND: jax.Array) -> jax.Array:
         return floor.forward(run, weights, x_ND)
