@@ -100,21 +100,22 @@ def layer_program(
     layer = Layer(d_model, num_heads, cores(device)[core](x_BTD.shape[1], device)).to(device, getattr(torch, dtype))
     x, cotangent = tensor(x_BTD, dtype, device).requires_grad_(mode == BOTH), tensor(cotangent_BTD, dtype, device)
 
-    def call() -> Sequence[torch.Tensor]:
+    def start() -> Sequence[torch.Tensor]:
         if mode == BOTH:
             y = layer(x)
-            result = [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)]
-        else:
-            with torch.no_grad():
-                result = [layer(x)]
+            return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)]
+        with torch.no_grad():
+            return [layer(x)]
+
+    def wait(result: Sequence[torch.Tensor]) -> object:
         return _done(result, device)
 
-    call()  # compiles, and raises what must be told
+    wait(start())  # compiles, and raises what must be told
     if device != "cuda":
-        return Program(call, None)
+        return Program(start, wait, None)
     torch.cuda.reset_peak_memory_stats()
-    call()
-    return Program(call, torch.cuda.max_memory_allocated() - before)
+    wait(start())
+    return Program(start, wait, torch.cuda.max_memory_allocated() - before)
 
 
 def cache_program(q_BHK: Any, k_BGSK: Any, v_BGSV: Any, layers: int, dtype: str, device: str) -> Callable[[], object]:

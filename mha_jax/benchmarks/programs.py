@@ -24,10 +24,18 @@ FORWARD, BOTH = "forward", "forward+backward"
 
 
 class Program(NamedTuple):
-    """A call that returns when its result is there, and what XLA plans to hold at the worst moment, on all devices."""
+    """How to start a call and to wait for its result, and what is planned to be held at worst, on all devices."""
 
-    call: Callable[[], object]
+    start: Callable[[], Any]
+    wait: Callable[[Any], object]
     peak_bytes: int | None
+
+    def call(self, times: int = 1) -> object:
+        """Some calls, one after the other on the device: the last one's result, when it is there."""
+        result = None
+        for _ in range(times):
+            result = self.start()
+        return self.wait(result)
 
 
 def check_modes(modes: Sequence[str]) -> None:
@@ -113,6 +121,5 @@ def program(layer: Layer, mode: str, shared: Any, inputs: Any, cotangent: Any, d
     arguments = place(shared, (inputs, cotangent), devices)
     compiled = function.lower(*arguments).compile()
     planned = peak_bytes(compiled)
-    return Program(
-        lambda: jax.block_until_ready(compiled(*arguments)), None if planned is None else planned * len(devices)
-    )
+    everywhere = None if planned is None else planned * len(devices)
+    return Program(lambda: compiled(*arguments), jax.block_until_ready, everywhere)

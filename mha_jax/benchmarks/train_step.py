@@ -91,7 +91,7 @@ def our_step(
     return step
 
 
-def floor_step(run: RunSpec, devices: programs.Devices) -> Callable[[], object]:
+def floor_step(run: RunSpec, devices: programs.Devices, steps: int = 1) -> Callable[[], object]:
     """The step's matrix products alone, forward and backward, chained as in the model and spread as the step is."""
     shape, weights = (run.data.batch_size * run.data.length, run.model.d_model), floor.draw_weights(run)
     x_ND = jax.random.normal(jax.random.key(2), shape, run.model.dtype)
@@ -101,7 +101,8 @@ def floor_step(run: RunSpec, devices: programs.Devices) -> Callable[[], object]:
 
     out = jax.eval_shape(products, weights, x_ND)
     cotangent = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
-    return programs.program(products, programs.BOTH, weights, x_ND, cotangent, devices).call
+    one = programs.program(products, programs.BOTH, weights, x_ND, cotangent, devices)
+    return functools.partial(one.call, steps)
 
 
 def torch_steps(
@@ -170,17 +171,13 @@ def measure(setting: Setting) -> dict[str, Any]:
     for run in runs:
         batch = random_batch(run)
         peers, missing = torch_steps(run, batch, setting.steps)
-        products = floor_step(run, devices)
-        calls = {OURS: our_step(run, batch, devices, setting.steps), FLOOR: _repeated(products, setting.steps), **peers}
+        products = floor_step(run, devices, setting.steps)
+        calls = {OURS: our_step(run, batch, devices, setting.steps), FLOOR: products, **peers}
         seconds = {name: [s / setting.steps for s in times] for name, times in race(calls, setting.rounds).items()}
         rows.append(result_row(run, seconds))
         notes += [line for line in missing if line not in notes]
     profiles = {run.model.num_heads: profile(run, setting.rounds) for run in runs} if setting.profile else {}
     return {"dtype": runs[0].model.dtype, "rows": rows, "notes": notes, "profile": profiles}
-
-
-def _repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
-    return lambda: [call() for _ in range(times)]
 
 
 def result_row(run: RunSpec, seconds: dict[str, list[float]]) -> dict[str, Any]:

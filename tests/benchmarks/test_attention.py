@@ -99,8 +99,8 @@ def test_contestants_are_chosen_by_words_of_their_names_and_ours_and_the_floor_a
 
 
 def test_ratios_are_taken_round_by_round_against_peers_and_against_the_fewest_heads(monkeypatch):
-    seconds = {1: [2.0, 1.0, 4.0], 4: [3.0, 4.0, 4.0]}
-    call = programs.Program(lambda: None, 7)
+    of_two_calls = {1: [4.0, 2.0, 8.0], 4: [6.0, 8.0, 8.0]}
+    call = programs.Program(lambda: None, lambda result: result, 7)
     monkeypatch.setattr(attention, "matmul_rates", lambda *_: {"JAX on one device": 10.0})
     monkeypatch.setattr("mha_jax.benchmarks.environment.torch_device", lambda: None)
     for name in ("enter_jax_peers", "enter_floor"):
@@ -111,9 +111,9 @@ def test_ratios_are_taken_round_by_round_against_peers_and_against_the_fewest_he
     monkeypatch.setattr(
         attention,
         "race",
-        lambda calls, _: {key: seconds[key[1]] if key[2] == attention.OURS else [1.0] * 3 for key in calls},
+        lambda calls, _: {key: of_two_calls[key[1]] if key[2] == attention.OURS else [2.0] * 3 for key in calls},
     )
-    setting = attention.Setting(heads=(4, 1), modes=("forward",), batch_size=B, length=T, d_model=D, devices=1)
+    setting = attention.Setting(heads=(4, 1), modes=("forward",), batch_size=B, length=T, d_model=D, devices=1, calls=2)
     result = attention.measure(setting)
     four, one = result["rows"]
     assert four["over_fewest_heads"] == {"median": 1.5, "min": 1.0, "max": 4.0}

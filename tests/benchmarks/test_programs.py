@@ -48,6 +48,18 @@ def test_a_program_returns_finished_results_and_its_plan_counts_every_device(mod
     assert one.peak_bytes and two.peak_bytes and two.peak_bytes >= one.peak_bytes
 
 
+def test_some_calls_are_started_one_after_the_other_and_only_the_last_is_waited_for():
+    told = []
+
+    def start():
+        told.append("start")
+        return len(told)
+
+    one = programs.Program(start, lambda result: told.append(f"wait for {result}"), None)
+    one.call(3)
+    assert told == ["start", "start", "start", "wait for 3"]
+
+
 @pytest.mark.parametrize(("batch", "used"), [(4, 4), (6, 6), (5, 5), (16, 8), (9, 3), (11, 1)])
 def test_the_batch_goes_to_as_many_devices_as_share_it_evenly(batch, used):
     assert len(programs.share_out(batch, jax.devices()[:8])) == used

@@ -52,7 +52,7 @@ def test_every_rule_is_causal_and_sees_itself(length):
 
 
 def test_cost_is_time_over_visible_share_of_dense_and_dense_stops_at_its_limit(monkeypatch):
-    monkeypatch.setattr(sparse, "core_program", lambda *_: Program(lambda: None, None))
+    monkeypatch.setattr(sparse, "core_program", lambda *_: Program(lambda: None, lambda result: result, None))
     monkeypatch.setattr(
         sparse, "race", lambda calls, _: {c: [8.0, 4.0, 6.0] if c[1] == "dense" else [2.0, 2.0, 3.0] for c in calls}
     )
