@@ -30,6 +30,10 @@ _HEAD_AXIS: dict[tuple[str, ...], int] = {
     **dict.fromkeys([("query", "bias"), ("key", "bias"), ("value", "bias"), ("out", "kernel")], 0),
 }
 
+# Larger products of one matrix with several are left apart: together they give one array, and attention, whose kernels
+# want each of q, k and v whole, would copy it apart again.
+_COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": "16"}}
+
 
 def make_mesh(run: RunSpec, devices: Sequence[Any]) -> Mesh:
     """The mesh of a run: as many of the devices as its axes need."""
@@ -148,8 +152,9 @@ class JitProgram:
         key = (name, *(leaf.shape for leaf in told))
         if key not in self._compiled:
             start = time.perf_counter()
+            options = _COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
             with partitioned(self._splits(name)), noting_backends() as notes:
-                compiled = self._compiled[key] = function.lower(*args).compile()
+                compiled = self._compiled[key] = function.lower(*args).compile(options)
             hosts.beat()
             self.attention += [note for note in notes if note not in self.attention]
             self.compile_seconds += time.perf_counter() - start

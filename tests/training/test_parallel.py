@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mha_jax.specs import UserError
-from mha_jax.training import hosts
+from mha_jax.training import hosts, parallel
 from mha_jax.training.parallel import make_program
 from tests import tiny
 
@@ -128,3 +128,10 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, overrides, mes
 def test_what_does_not_fit_the_devices_is_refused(overrides, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         make_program(tiny.run("lm", **overrides), jax.devices())
+
+
+def test_the_compiler_knows_the_options_that_a_gpu_gets():
+    options = parallel._COMPILER_OPTIONS["gpu"]
+    assert jax.jit(lambda x: x + 1).lower(1.0).compile(options)(1.0) == 2.0
+    with pytest.raises(Exception, match="No such compile option"):
+        jax.jit(lambda x: x + 1).lower(1.0).compile({f"{name}_not": value for name, value in options.items()})
