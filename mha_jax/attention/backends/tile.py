@@ -71,12 +71,14 @@ def kept_in(plan: Plan, words: Any, tile: Tile) -> Array:
     return attention_keep_block(first, second, h, t, s, plan.dropout_rate)
 
 
-def logits_of(plan: Plan, x: Array, y: Array, visible: Array | None) -> Float[Array, "B h x y"]:
+def logits_of(
+    plan: Plan, x: Array, y: Array, visible: Array | None, product: str = "bhxk,bhyk->bhxy"
+) -> Float[Array, "B h x y"]:
     """Scaled products of queries and keys, either first, in float32 at least; -inf where a key is hidden."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     # Scaling one side is cheaper than scaling the products, where it loses no digits.
-    y, rest = (y * plan.scale, 1.0) if y.dtype == wide else (y, plan.scale)
-    logits = jnp.einsum("bhxk,bhyk->bhxy", x, y, preferred_element_type=wide) * rest
+    x, rest = (x * plan.scale, 1.0) if x.dtype == wide else (x, plan.scale)
+    logits = jnp.einsum(product, x, y, preferred_element_type=wide) * rest
     return logits if visible is None else jnp.where(visible, logits, -jnp.inf)
 
 

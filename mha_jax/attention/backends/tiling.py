@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mha_jax.attention.blockmap import EMPTY, FULL, PARTIAL, BlockMap
+from mha_jax.attention.regions import Rectangles
 from mha_jax.attention.rule import Rule
 from mha_jax.attention.target import target
 from mha_jax.attention.visibility import Padding
@@ -91,18 +92,64 @@ def plan_strips(
 ) -> tuple[Plan, Rule]:
     """Small tiles, of which `strips_of` makes one strip a row; the rule is that over padded lengths."""
     plan, rule = _candidate(rule, batch, queries, keys, heads, scale, dropout_rate, _blocks(queries, keys)[0])
-    # A strip is gone through once, where tiles go back to their sums: twice as much at once is better.
-    area = strips_of(plan.tiles)[1] * plan.tiles.block_q // 2
-    return dataclasses.replace(plan, heads_at_once=_heads_at_once(batch, heads, area, per_head=False)), rule
+    return _by_strips(plan, batch, plan.tiles.block_q * strips_of(plan.tiles)[1]), rule
 
 
 def strips_of(tiles: BlockMap) -> tuple[np.ndarray, int]:
     """Where each row's strip starts, and how wide all are: every strip holds what its row sees, of any head."""
-    seen = (tiles.kinds != EMPTY).any(0)
-    columns = seen.shape[1]
-    first, end = seen.argmax(1), columns - seen[:, ::-1].argmax(1)
-    width = int(np.where(seen.any(1), end - first, 1).max())
-    return np.minimum(first, columns - width) * tiles.block_k, width * tiles.block_k
+    first, width = _ranges(tiles.kinds != EMPTY)
+    return np.minimum(first, tiles.kinds.shape[2] - width) * tiles.block_k, width * tiles.block_k
+
+
+@dataclasses.dataclass(frozen=True)
+class Strips(Plan):
+    """A plan by which each row of `block` queries takes all that it sees as one strip of keys.
+
+    starts: the first key of each row's strip, a multiple of `step`. width: keys of every strip, a multiple too.
+    """
+
+    block: int
+    step: int
+    starts: tuple[int, ...]
+    width: int
+
+    @property
+    def fetches(self) -> tuple[Int[Array, " rows"], Int[Array, " rows"], Int[Array, " fetches"]]:
+        """The steps of each row's strip that are not in that of the row before: order[begin:end]."""
+        order: list[int] = []
+        ends, held = [0], range(0)
+        for start in self.starts:
+            strip = range(start // self.step, (start + self.width) // self.step)
+            order += [step for step in strip if step not in held]
+            ends.append(len(order))
+            held = strip
+        begin, end, steps = (jnp.asarray(x, int) for x in (ends[:-1], ends[1:], order))
+        return begin, end, steps
+
+
+def halved(plan: Plan, rule: Rule, batch: int) -> Strips:
+    """Strips for rows of half a tile: with fewer queries to a row, fewer of its keys are hidden from most of them."""
+    tiles = plan.tiles
+    (starts, width), (block, step) = strips_of(tiles), (tiles.block_q // 2, tiles.block_k // 2)
+    first_t, origin = np.arange(0, tiles.query_length, block)[:, None], starts.repeat(2)[:, None]
+    first_s = origin + np.arange(0, width, step)
+    seen = rule.bounds(Rectangles(first_t, first_t + block - 1, first_s, first_s + step - 1)).some
+    first, steps = _ranges(seen)
+    starts = np.minimum(origin[:, 0] + first * step, tiles.key_length - steps * step)
+    plan = _by_strips(plan, batch, block * steps * step)
+    return Strips(**vars(plan), block=block, step=step, starts=tuple(starts.tolist()), width=steps * step)
+
+
+def _by_strips(plan: Plan, batch: int, area: int) -> Plan:
+    # A strip is gone through once, where tiles go back to their sums: twice as much at once is better.
+    return dataclasses.replace(plan, heads_at_once=_heads_at_once(batch, plan.heads, area // 2, per_head=False))
+
+
+def _ranges(seen: np.ndarray) -> tuple[np.ndarray, int]:
+    """The first place that any head sees of each row, and how many places the widest range has; seen: [h, rows, s]."""
+    seen = np.asarray(seen.any(0))
+    first, end = seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)
+    return first, int(np.where(seen.any(1), end - first, 1).max())
 
 
 def strip_cost(plan: Plan, batch: int) -> float:

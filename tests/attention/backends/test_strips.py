@@ -9,9 +9,9 @@ import pytest
 
 from mha_jax.attention import BigBird, BlockDiagonal, Causal, Padding, PerHead, SlidingWindow, attend
 from mha_jax.attention.attend import choose_backend
-from mha_jax.attention.backends import strips
+from mha_jax.attention.backends import strips, tiling
 from mha_jax.attention.backends.call import Call
-from mha_jax.attention.backends.tiling import plan_strips, strips_of
+from mha_jax.attention.backends.tiling import Strips, halved, plan_strips
 
 B, T, S, H = 2, 397, 333, 4
 
@@ -41,15 +41,51 @@ def test_strips_agree_with_tiles_in_values_gradients_and_dropped_weights():
         assert np.abs(wanted).max() > 0.1
 
 
-def test_strip_holds_all_that_its_row_sees_and_stays_inside():
-    plan, rule = plan_strips(Causal() & SlidingWindow(256), 1, 1000, 1000, 8, 1.0, 0.0)
-    starts, width = strips_of(plan.tiles)
-    assert width == 320 and plan.tiles.key_length == 1024
-    mask = np.asarray(rule.mask(1024, 1024))[0, 0]
+def test_heads_in_turns_agree_with_tiles_where_rows_see_places_apart(monkeypatch):
+    monkeypatch.setattr(tiling, "_cached_elements", lambda: 2**13)
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 400, 4, width)), jnp.float32) for width in (8, 8, 5))
+    rule = BlockDiagonal(100) & ~SlidingWindow(3)
+    plan, padded = plan_strips(rule, 1, 400, 400, 4, 1.0, 0.0)
+    strips_ = halved(plan, padded, 1)
+    assert strips_.num_steps == 2 and max(np.diff(strips_.starts)) == 96 > strips_.step
+    found, wanted = (attend(q, k, v, rule, backend=name) for name in ("strips", "blockwise"))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)  # means of some ten numbers of order 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "queries", "keys", "width"),
+    [
+        (Causal() & SlidingWindow(256), 1000, 1000, 288),
+        (SlidingWindow(30), 500, 100, 96),
+        (BlockDiagonal(96), 1000, 700, 96),
+        (Causal() & SlidingWindow(9), 20, 20, 24),
+    ],
+)
+def test_strip_holds_all_that_its_row_sees_and_stays_inside(rule, queries, keys, width):
+    plan, rule = plan_strips(rule, 1, queries, keys, 8, 1.0, 0.0)
+    strips_ = halved(plan, rule, 1)
+    assert strips_.width == width
+    mask = np.asarray(rule.mask(plan.tiles.query_length, plan.tiles.key_length))[0, 0]
+    assert len(strips_.starts) * strips_.block == len(mask)
+    for row, start in enumerate(strips_.starts):
+        assert 0 <= start <= plan.tiles.key_length - width
+        rows = mask[row * strips_.block : (row + 1) * strips_.block]
+        assert rows.sum() == rows[:, start : start + width].sum()
+
+
+@pytest.mark.parametrize("starts", [(0, 0, 32, 64, 256, 96, 96), (128, 0, 160)])
+def test_ring_holds_the_strip_of_each_row_after_what_it_fetches(starts):
+    plan, _ = plan_strips(Causal() & SlidingWindow(100), 1, 512, 512, 8, 1.0, 0.0)
+    strips_ = Strips(**vars(plan), block=32, step=32, starts=starts, width=160)
+    begin, end, order = (np.asarray(x) for x in strips_.fetches)
+    ring = np.full(5, -1)
     for row, start in enumerate(starts):
-        assert 0 <= start <= 1024 - width
-        rows = mask[row * 64 : row * 64 + 64]
-        assert rows.sum() == rows[:, start : start + width].sum() > 0
+        new = order[begin[row] : end[row]]
+        assert not set(new) & set(ring), "what is there is not fetched again"
+        ring[new % 5] = new
+        assert sorted(ring) == list(range(start // 32, start // 32 + 5))
+    assert begin[0] == 0 and end[-1] == len(order)
 
 
 def test_refuses_wide_ranges_and_heads_with_places_of_their_own():
