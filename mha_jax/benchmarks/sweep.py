@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -81,6 +82,7 @@ def measure(setting: Setting) -> dict[str, Any]:
                         "; ".join(f"{d.run_id}: {d.status.get('error')}" for d in made if d.state != "done")
                     )
                 seconds[way].append(time.perf_counter() - start)
+                print(f"round {number + 1}, {way}: {seconds[way][-1]:.1f} s", file=sys.stderr, flush=True)
                 losses.append([_last_loss(directory) for directory in made])
             order = order[1:] + order[:1]
     steps = setting.cells * setting.steps
