@@ -5,12 +5,15 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, planning
 from mha_jax.specs import UserError
 from mha_jax.sweeps import array, packing
 from mha_jax.sweeps.cell import Exit
 from mha_jax.sweeps.executors import ray
+from mha_jax.sweeps.grid import Cell
 from mha_jax.sweeps.store import RunDirectory, SweepDirectory
+
+_NOT_WITH_CELLS = ("dry_run", "prepare_only", "seeds", *planning.FLAGS)
 
 Train = Callable[[Sequence[RunDirectory]], Exit]
 
@@ -47,6 +50,9 @@ def check(values: flags.FlagValues) -> None:
             raise UserError("--workers is of --executor=local; on Ray, --cell_resources says how many cells fit")
     if values.cells is not None and (on_ray or values["config"].value is not None or not values.workdir):
         raise UserError("--cells goes with --workdir, which --prepare_only has made, and without --config")
+    for name in _NOT_WITH_CELLS if values.cells is not None else ():
+        if values[name].value not in (None, False):
+            raise UserError(f"--{name} does not go with --cells, which trains what --prepare_only has made")
 
 
 def trained_here(values: flags.FlagValues) -> bool:
@@ -74,6 +80,12 @@ def _resources(values: flags.FlagValues) -> str:
 def tell_prepared(sweep: SweepDirectory) -> Exit:
     print(f"{len(sweep.runs)} cells prepared in {sweep.path}")
     return Exit.DONE
+
+
+def would_be_prepared(workdir: str, cells: Sequence[Cell], more_seeds: Sequence[int]) -> str:
+    """What `tell_prepared` would say, with the word "would": the runs that are there with added seeds count too."""
+    batches = max(len(SweepDirectory(workdir).seeds), 1) + bool(more_seeds)
+    return f"{sum(cell.reason is None for cell in cells) * batches} cells would be prepared in {workdir}"
 
 
 def train_part(values: flags.FlagValues, train: Train) -> Exit:

@@ -15,6 +15,7 @@ from mha_jax.sweeps.plan import Expectation, expectation
 from mha_jax.sweeps.tuning import Tuning
 
 _FOR_DRY_RUNS = ("topology", "device", "device_count", "compile")
+FLAGS = (*_FOR_DRY_RUNS, "devices_file", "records")
 
 
 def define(values: flags.FlagValues) -> None:

@@ -65,14 +65,16 @@ def main(argv: list[str]) -> int:
     tuning = parse_tuning(study, cells)
     if tuning is not None and hosts.several():
         raise UserError("a sweep that tunes is for one process; leave --num_processes out")
+    if values.prepare_only and tuning is not None:
+        raise UserError("--prepare_only does not go with a sweep that tunes: which runs there are follows from trials")
     if values.dry_run:
-        cells = seeds.with_seeds(cells, more_seeds) if more_seeds else cells
-        print(planning.table(values, devices, cells, tuning))
+        new = seeds.with_seeds(cells, more_seeds) if more_seeds else cells
+        print(planning.table(values, devices, new, tuning))
+        if values.prepare_only and values.workdir:
+            print(elsewhere.would_be_prepared(values.workdir, cells, more_seeds))
         return Exit.DONE
     if not values.workdir:
         raise UserError("--workdir is missing: the directory that the sweep's files go to")
-    if values.prepare_only and tuning is not None:
-        raise UserError("--prepare_only does not go with a sweep that tunes: which runs there are follows from trials")
     on_ray = elsewhere.ray_trainer(values) if values.executor == "ray" and not values.prepare_only else None
     for line in mend_sweep(values.workdir, cells):
         print(f"warning: {line}")

@@ -31,17 +31,22 @@ while [ $# -gt 0 ]; do
   shift
 done
 [[ $cells_per_job =~ ^[1-9][0-9]*$ ]] || wrong "--cells_per_job='$cells_per_job' must be a number of at least 1"
-workdir=''
+workdir='' passed=()
 for argument in "$@"; do
   case $argument in
     --workdir=?*) workdir=${argument#*=} ;;
+    --workers=?* | --hang_seconds=?*) passed+=("$argument") ;;
+    --workers | --hang_seconds) wrong "$argument: write it as $argument=NUMBER" ;;
+    --dry_run*) wrong "--dry_run comes before --" ;;
     --executor* | --cells* | --prepare_only*) wrong "$argument is not for ./launch.sh slurm, which says itself who trains what" ;;
   esac
 done
 [ -n "$workdir" ] || wrong "the sweep's --workdir=DIR is missing: a directory that every node sees, or gs://..."
 [[ $workdir == *://* || $workdir == /* ]] || workdir=$PWD/$workdir
 [[ $workdir != *[[:space:]]* ]] || wrong "--workdir='$workdir' must have no blanks, as Slurm would part it there"
-[ -n "$dry_run" ] || command -v sbatch >/dev/null || wrong "sbatch is not on the path: this is no machine that submits to Slurm"
+for tool in sbatch squeue; do
+  [ -n "$dry_run" ] || command -v $tool >/dev/null || wrong "$tool is not on the path: this is no machine that submits to Slurm"
+done
 
 python=.venv/bin/python
 job=experiments/launch/slurm_job.sh
@@ -55,15 +60,15 @@ fi
 # shellcheck source=environment.sh
 . experiments/launch/environment.sh
 install requirements.txt
-prepared=$("$python" -m experiments.sweep "$@" "${dry_run:---prepare_only}") || exit $?
+prepared=$("$python" -m experiments.sweep "$@" --prepare_only ${dry_run:+"$dry_run"}) || exit $?
 echo "$prepared"
-cells=$(sed -n 's/^\([0-9][0-9]*\) cells.*/\1/p' <<<"$prepared" | tail -n 1)
+cells=$(sed -nE 's/^([0-9]+) cells (would be )?prepared in .*/\1/p' <<<"$prepared" | tail -n 1)
 [ -n "$cells" ] || failed "experiments.sweep did not say how many cells there are"
 last=$(((cells + cells_per_job - 1) / cells_per_job - 1))
 
 # Two minutes before the time is up the cells get SIGTERM: they save their state, and the job asks for another turn.
 array=(sbatch "${common[@]}" --job-name=mha_jax --array="0-$last" --requeue --signal=B:TERM@120
-  --output="$logs/%A_%a.txt" ${options[@]+"${options[@]}"} "$job" "$workdir" "$cells_per_job")
+  --output="$logs/%A_%a.txt" ${options[@]+"${options[@]}"} "$job" "$workdir" "$cells_per_job" ${passed[@]+"${passed[@]}"})
 report() { echo "sbatch ${common[*]} --job-name=mha_jax_report --dependency=afterany:$1 --output=$logs/%A.txt $job $workdir report"; }
 
 if [ -n "$dry_run" ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One job of Slurm, from the root of the clone: slurm_job.sh WORKDIR CELLS_PER_JOB, or slurm_job.sh WORKDIR report.
+# One job of Slurm, from the root of the clone: slurm_job.sh WORKDIR CELLS_PER_JOB [FLAGS], or slurm_job.sh WORKDIR report.
 set -euo pipefail
 
 if [ "$2" = report ]; then
@@ -7,7 +7,7 @@ if [ "$2" = report ]; then
 fi
 
 first=$((SLURM_ARRAY_TASK_ID * $2))
-.venv/bin/python -m experiments.sweep --workdir="$1" --cells="$first:$((first + $2))" &
+.venv/bin/python -m experiments.sweep --workdir="$1" --cells="$first:$((first + $2))" "${@:3}" &
 sweep=$!
 trap 'kill -TERM $sweep' TERM
 code=0

@@ -58,10 +58,15 @@ if [ -z "$only_delete" ]; then
     [ -z "$spot" ] || wrong "--spot needs --workdir=gs://...: what lies on the VM goes with it"
     [ "$workers" = one ] || wrong "--type=$type has several hosts and needs --workdir=gs://..., which all of them see"
   fi
-  [[ " $* " == *" --config"* ]] || wrong "the sweep's --config is missing, for instance: -- --config=configs/default.py"
+  config=''
   for argument in "$@"; do
-    [[ $argument != --workdir* ]] || wrong "--workdir comes before --"
+    case $argument in
+      --config=?*) config=$argument ;;
+      --workdir* | --dry_run*) wrong "${argument%%=*} comes before --" ;;
+      --prepare_only* | --cells* | --executor*) wrong "$argument is not for ./launch.sh tpu, where the VM trains the whole sweep" ;;
+    esac
   done
+  [ -n "$config" ] || wrong "the sweep's --config is missing, for instance: -- --config=configs/default.py"
   set -- "$@" --workdir="${workdir:-runs/$name}"
   [ "$workers" = one ] || set -- "$@" --multihost
 fi
@@ -101,16 +106,15 @@ describe() {
     state=ABSENT maker=
   else
     state=UNKNOWN maker=
-    say "gcloud does not tell about $name: $(reason)"
-    unanswered
   fi
 }
 describe_vm() { describe tpu-vm state,labels.made_by; }
 describe_queued() { describe queued-resources 'state.state,tpu.nodeSpec[0].node.labels.made_by'; }
 
-# Sleeps, and gives up after ten times without an answer in between.
+# unanswered WHAT: says so, sleeps, and gives up after ten times without an answer in between.
 silence=0
 unanswered() {
+  say "$*"
   silence=$((silence + 1))
   [ $silence -lt 10 ] || failed "$name has not answered ten times; what was started there goes on. The same command tries again"
   sleep "$poll_seconds"
@@ -130,15 +134,14 @@ create() {
   sleep "$poll_seconds"
 }
 
-# remove: the VM, if this script made it; `maker` tells.
+# remove: the VM, if this script made it; `state` and `maker` tell.
 remove() {
+  [ "$state" != UNKNOWN ] || failed "gcloud does not tell whose $name is, so it is not deleted: $(reason)"
   [ "$maker" = $mark ] || failed "$name was not made by ./launch.sh tpu, so it is not deleted here"
   say "deleting $name"
-  if [ -n "$queued" ]; then
-    cloud queued-resources delete "$name" --force --quiet
-  else
-    cloud tpu-vm delete "$name" --quiet
-  fi
+  local kind=(tpu-vm delete "$name")
+  [ -z "$queued" ] || kind=(queued-resources delete "$name" --force)
+  cloud "${kind[@]}" --quiet 2>"$scratch/error" || failed "gcloud did not delete $name, which is still paid for: $(reason)"
 }
 
 # Returns when there is a VM that is ready, however long it takes.
@@ -156,8 +159,8 @@ get_ready() {
         say "$name was taken away ($state)"
         remove
         ;;
-      UNKNOWN) ;;
-      STOPPED) cloud tpu-vm start "$name" ;;
+      UNKNOWN) unanswered "gcloud does not tell about $name: $(reason)" ;;
+      STOPPED) cloud tpu-vm start "$name" 2>"$scratch/error" || failed "gcloud did not start $name: $(reason)" ;;
       *)
         [ "$state" = "$told" ] || say "waiting for $name: $state"
         told=$state
@@ -193,20 +196,34 @@ ask() {
   esac
 }
 
+# bring: the results, from the VM to here. A VM whose results do not come is not deleted; one may have none.
+bring() {
+  run mkdir -p runs
+  if cloud tpu-vm scp --recurse "$name:mha_jax/runs/$name" runs/ --worker=0; then
+    return
+  fi
+  [ "$(on_worker 0 "results $name" 2>/dev/null | tail -n 1)" = none ] ||
+    failed "the sweep ended with exit code $1, and runs/$name did not come from $name, which is kept for it and paid for; the same command tries again"
+  say "there is nothing to bring from $name: the sweep ended before it made runs/$name"
+  files=''
+}
+
 # finish CODE: brings the results here, and deletes the VM where that was asked for.
 finish() {
-  if [ -z "$workdir" ]; then
-    run mkdir -p runs
-    cloud tpu-vm scp --recurse "$name:mha_jax/runs/$name" runs/ --worker=0
-  fi
+  local files="; its files are in ${workdir:-runs/$name}"
+  [ -n "$workdir" ] || bring "$1"
   if [ -n "$delete" ]; then
     describe_vm
+    while [ "$state" = UNKNOWN ]; do
+      unanswered "gcloud does not tell about $name: $(reason)"
+      describe_vm
+    done
     [ -z "$dry_run" ] || maker=$mark
     remove
   else
     say "$name is still there, and paid for; to delete it: ./launch.sh tpu --name=$name --zone=$zone${project:+ --project=$project}${queued:+ --queued} --delete"
   fi
-  say "the sweep ended with exit code $1; its files are in ${workdir:-runs/$name}"
+  say "the sweep ended with exit code $1$files"
   exit "$1"
 }
 
@@ -239,8 +256,7 @@ while :; do
     say "starting the sweep on $name"
     : >"$scratch/log.txt"
     if ! start "$@"; then
-      say "$name does not answer"
-      unanswered
+      unanswered "$name does not answer"
       continue
     fi
     answer=running
@@ -259,6 +275,6 @@ while :; do
       sleep "$poll_seconds"
       ;;
     ended\ *) finish "${answer#ended }" ;;
-    *) say "$name does not answer" && unanswered ;;
+    *) unanswered "$name does not answer" ;;
   esac
 done

@@ -4,6 +4,7 @@
 #   worker.sh start SWEEP ARGS   stops what runs here, then starts the sweep
 #   worker.sh follow LINE        prints its log from that line on, until it ends
 #   worker.sh status             prints "running", "ended CODE" or "absent"
+#   worker.sh results NAME       prints "some" where the sweep of that name has made its directory, or "none"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 here=runs/.launch # pid, log.txt and code of the sweep at hand
@@ -61,6 +62,7 @@ run() {
 case $1 in
   start | run) "$@" ;;
   follow) tail -n "+$2" -s 0.1 --pid="$(cat $here/pid)" -F $here/log.txt 2>/dev/null ;;
+  results) [ -d "runs/$2" ] && echo some || echo none ;;
   status)
     if running; then
       echo running

@@ -9,6 +9,8 @@ SMOKE = "--config=configs/default.py:smoke"
 WRONG = {
     "cells and a config": ([SMOKE, "--workdir=w", "--cells=0:1"], "--cells goes with --workdir"),
     "cells of nowhere": (["--cells=0:1"], "--cells goes with --workdir"),
+    "cells of a plan": (["--workdir=w", "--cells=0:1", "--dry_run"], "--dry_run does not go with --cells"),
+    "cells with more seeds": (["--workdir=w", "--cells=0:1", "--seeds=3"], "--seeds does not go with --cells"),
     "an address of nothing": ([SMOKE, "--workdir=w", "--address=auto"], "--address goes with --executor=ray"),
     "resources of nothing": ([SMOKE, "--workdir=w", '--cell_resources={"CPU":1}'], "--cell_resources goes with"),
     "resources that are none": ([SMOKE, "--executor=ray", "--cell_resources=2"], "must be a JSON object"),
@@ -32,3 +34,6 @@ def test_a_sweep_is_prepared_trained_in_parts_and_done_for_all(script, tmp_path)
     assert [run.state for run in runs] == ["queued", "queued"]
     assert script(sweep.main, workdir, "--cells=1:2").code == 0
     assert [run.state for run in runs] == ["queued", "done"]
+    more = [SMOKE, workdir, "--config.mesh.data=1", "--seeds=7..8", "--prepare_only"]
+    said = [script(sweep.main, *more, *dry).out.splitlines()[-1] for dry in (["--dry_run"], [])]
+    assert said == [f"4 cells {would}prepared in {tmp_path / 'w'}" for would in ("would be ", "")]

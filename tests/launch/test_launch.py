@@ -31,6 +31,19 @@ WRONG = {
     ),
     "slurm without a directory": (["slurm", "--", "--config=c"], "--workdir=DIR is missing"),
     "slurm's unknown flag": (["slurm", "--node=4", "--", "--workdir=w"], "unknown argument '--node=4'"),
+    "a config by another name": (
+        ["tpu", "--name=n", "--zone=z", "--type=v4-8", "--", "--configs=c.py"],
+        "--config is missing",
+    ),
+    "a dry run of the sweep on a TPU VM": (
+        ["tpu", "--name=n", "--zone=z", "--type=v4-8", "--", "--config=c.py", "--dry_run"],
+        "--dry_run comes before --",
+    ),
+    "a sweep only prepared on a TPU VM": (
+        ["tpu", "--name=n", "--zone=z", "--type=v4-8", "--", "--config=c.py", "--prepare_only"],
+        "--prepare_only is not for ./launch.sh tpu",
+    ),
+    "a dry run of the sweep in Slurm": (["slurm", "--", "--workdir=w", "--dry_run"], "--dry_run comes before --"),
     "cells by hand": (["slurm", "--", "--workdir=w", "--cells=0:1"], "--cells=0:1 is not for ./launch.sh slurm"),
     "no cells a job": (["slurm", "--cells_per_job=0", "--", "--workdir=w"], "--cells_per_job='0' must be"),
 }

@@ -136,6 +136,43 @@ def test_the_exit_code_of_the_sweep_is_ours(cloud):
     assert len(cloud.sweeps()) == 1
 
 
+def test_a_vm_is_deleted_where_the_sweep_ended_before_it_had_results_and_kept_where_they_do_not_come(cloud):
+    cloud.set("sweep", "echo 'error: planted' >&2; exit 2")
+    ended = cloud.tpu("--type=v4-8", "--delete")
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "== there is nothing to bring from n: the sweep ended before it made runs/n" in ended.stdout.splitlines()
+    assert cloud.verbs()[-1] == "tpu-vm delete" and not (cloud.path / "vm").exists()
+    cloud.set("sweep", "mkdir -p runs/n")
+    cloud.set("faults", '[ "$verb $5" != "scp --recurse" ] || exit 255')
+    ended = cloud.tpu("--type=v4-8", "--delete")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(
+        "error: the sweep ended with exit code 0, and runs/n did not come from n, which is kept"
+    )
+    assert cloud.verbs()[-1] == "tpu-vm scp"
+
+
+def test_what_gcloud_does_not_tell_or_do_ends_with_a_line(cloud):
+    delete = ["tpu", "--name=n", "--zone=z", "--delete", "--poll_seconds=0"]
+    (cloud.path / "vm").write_text("READY\tmha_jax_launch\n")
+    refuse = 'echo "ERROR: (gcloud.compute.tpus) planted" >&2; exit 1'
+    for verb, arguments, told in (
+        (
+            "describe",
+            delete,
+            "gcloud does not tell whose n is, so it is not deleted: ERROR: (gcloud.compute.tpus) planted",
+        ),
+        ("delete", delete, "gcloud did not delete n, which is still paid for: ERROR: (gcloud.compute.tpus) planted"),
+    ):
+        cloud.set("faults", f"[ $verb != {verb} ] || {{ {refuse}; }}")
+        ended = cloud.run(*arguments)
+        assert (ended.returncode, ended.stderr) == (1, f"error: {told}\n")
+    (cloud.path / "vm").write_text("STOPPED\tmha_jax_launch\n")
+    cloud.set("faults", f"[ $verb != start ] || {{ {refuse}; }}")
+    ended = cloud.tpu("--type=v4-8", "--workdir=gs://b/d")
+    assert (ended.returncode, ended.stderr.split(": ERROR")[0]) == (1, "error: gcloud did not start n")
+
+
 def test_what_does_not_answer_is_given_up_with_a_line(cloud):
     cloud.set("faults", "[ $verb != ssh ] || exit 255")
     ended = cloud.tpu("--type=v4-8", "--workdir=gs://b/d")
