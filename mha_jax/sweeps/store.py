@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from mha_jax import config as configs
 from mha_jax.specs import UserError
 from mha_jax.sweeps import grid, seeds
+from mha_jax.sweeps.sameness import check_same
 from mha_jax.training import hosts
 
 
@@ -96,8 +97,23 @@ class RunDirectory:
 
     @property
     def state(self) -> str:
-        """ "queued", "running", "done", "failed" or "stopped"; a killed run stays "running" until it is run again."""
-        return self.status["state"]
+        """ "queued", "running", "done", "failed" or "stopped"; a killed run stays "running" until it is run again.
+
+        "damaged" where status.json cannot be read: what asks for the states of many runs goes on with the others.
+        """
+        return self._readable.get("state", "damaged")
+
+    @property
+    def step(self) -> int:
+        """The last step that was reported; 0 where none was, or it cannot be read."""
+        return int(self._readable.get("step", 0))
+
+    @property
+    def _readable(self) -> dict[str, Any]:
+        try:
+            return self.status
+        except UserError:
+            return {}
 
     def update(self, **facts: Any) -> None:
         """Sets facts of status.json and leaves the others. Of several processes of a run the first one does."""
@@ -147,7 +163,7 @@ class RunDirectory:
     @property
     def prediction(self) -> str:
         """ " predicted: 1,234 MiB", of its memory at the peak; empty where nothing was predicted yet."""
-        peak = self.status.get("predicted_peak_bytes")
+        peak = self._readable.get("predicted_peak_bytes")
         return "" if peak is None else f" predicted: {peak / 2**20:,.0f} MiB"
 
     @property
@@ -201,11 +217,7 @@ class SweepDirectory:
             **facts,
         }
         if file.exists() and directory.in_use:
-            old = read_json(file)
-            _check_seeds(directory.path, old, new)
-            changes = _changes(old, new)
-            if changes:
-                raise UserError(f"{directory.path} holds another sweep: {'; '.join(changes)}")
+            check_same(directory.path, read_json(file), new)
         # A cell whose values are still being searched has no run yet.
         legal = [cell for cells in (made, *added) for cell in cells if cell.reason is None]
         for cell in (cell for cell in legal if study.tuning is None or cell.untuned):
@@ -270,28 +282,3 @@ def _cell(cell: grid.Cell, more: Sequence[grid.Cell]) -> dict[str, Any]:
     facts = {"run": cell.run_id, "overrides": configs.plain(cell.overrides), "reason": cell.reason}
     facts |= {"added": [other.run_id for other in more]} if more else {}
     return facts if cell.untuned is None else facts | {"tuned": configs.plain(cell.tuned), "untuned": cell.untuned}
-
-
-def _check_seeds(path: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Other seeds are no other sweep, though a config cannot say so: the flag that can is named."""
-    if [change.split(":")[0] for change in configs.diff(old["base_config"], new["base_config"])] != ["seeds"]:
-        return
-    before, after = (set(facts["base_config"]["seeds"]) for facts in (old, new))
-    told = f"{path} holds this sweep with seeds {seeds.in_words(before)}, and the config says {seeds.in_words(after)}"
-    more = f"add others, give --seeds={seeds.in_words(after - before)}"
-    raise UserError(f"{told}; to {more if before < after else f'go on, give --seeds={seeds.in_words(before)}'}")
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    names = [
-        Path(facts["config_file"]).name + (":" + facts["profile"] if facts["profile"] else "") for facts in (old, new)
-    ]
-    changes = [f"config file: {names[0]} -> {names[1]}"] if names[0] != names[1] else []
-    changes += configs.diff(old["base_config"], new["base_config"])
-    # More values or trials are a wider search, not another sweep: what was tried stays tried.
-    tuned = [sorted((facts.get("tuning") or {}).get("fields", ())) for facts in (old, new)]
-    changes += [f"tuned fields: {tuned[0]} -> {tuned[1]}"] if tuned[0] != tuned[1] else []
-    before, after = ([cell.get("untuned", cell["run"]) for cell in facts["cells"]] for facts in (old, new))
-    changes += [f"cell {run} is gone" for run in before if run not in after]
-    changes += [f"cell {run} is new" for run in after if run not in before]
-    return changes

@@ -83,6 +83,8 @@ def play_one(config, run, directory, report, should_stop):
             os.kill(os.getpid(), 9)
         if run.name == "hangs" and first and step == 5:
             time.sleep(600)
+        if run.name == "garbles" and first and step == 5:
+            (pathlib.Path(directory) / "status.json").write_text("{")
         time.sleep({"slow": 0.3, "slower": 1.5}.get(run.name, 0.01))
         kept.write_text(str(step + 1))
         report({"step": step + 1, "seconds": {"train": 1.0}})

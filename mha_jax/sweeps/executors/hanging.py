@@ -39,7 +39,7 @@ class Patience:
             self._signal(self._due.pop(0)[1])
 
     def _give_up(self, now: float) -> None:
-        step = max(int(run.status.get("step", 0)) for run in self._runs)
+        step = max(run.step for run in self._runs)
         self.hung = f"hung at step {step}: nothing went on for {self._seconds:g} s"
         stop, kill = now + min(self._seconds, 1), now + min(self._seconds, _GRACE_SECONDS)
         self._due = [(now, signal.SIGUSR1), (stop, signal.SIGTERM), (kill, signal.SIGKILL)]

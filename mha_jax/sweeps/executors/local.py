@@ -15,12 +15,15 @@ from tqdm import tqdm
 
 from mha_jax.sweeps.cell import Exit, stop_signals
 from mha_jax.sweeps.executors.hanging import HANG_SECONDS, Patience
+from mha_jax.sweeps.executors.progress import Progress
+from mha_jax.sweeps.mending import mend_run
 from mha_jax.sweeps.store import RunDirectory
 from mha_jax.training import hosts
 
 _CELL = (sys.executable, "-m", "mha_jax.sweeps.cell")
 _ATTEMPTS = 2
 _POLL_SECONDS = 0.2
+_GRACE_SECONDS = 30.0  # for the step at hand and a checkpoint
 # glibc's malloc keeps what a step frees for the next one, in one heap and large pages: on CPU, fetching it anew
 # takes a fifth of a small step. Elsewhere nobody reads it.
 KEEP_MEMORY = ":".join(
@@ -29,7 +32,7 @@ KEEP_MEMORY = ":".join(
 )
 
 
-@runtime_checkable
+@runtime_checkable  # for the checks of types while tests run
 class Process(Protocol):
     """What trains a pack, as a queue sees it; a `subprocess.Popen` is one."""
 
@@ -110,15 +113,27 @@ class Queue:
         self._ended: dict[str, Exit] = {}
         self._workers, self._command, self._say, self._hang_seconds = workers, command, say, hang_seconds
         self._stopping = False
-        self._progress = _Progress(self._all)
+        self._progress = Progress(self._all)
 
     def __enter__(self) -> "Queue":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self._running:  # only after an interrupt or a fault of ours: nothing is left to run unseen
-            child.process.kill()
-        self._progress.close()
+        """Only after an interrupt or a fault of ours does any still run: none is left to run unseen."""
+        try:
+            if not self._stopping:
+                self._ask_to_stop()
+        finally:
+            for child in self._running:
+                child.process.kill()
+            self._progress.close()
+
+    def _ask_to_stop(self) -> None:
+        for child in self._running:
+            child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline and any(child.process.poll() is None for child in self._running):
+            time.sleep(_POLL_SECONDS)
 
     @property
     def open(self) -> bool:
@@ -156,7 +171,7 @@ class Queue:
         died = hung or code not in (Exit.FAILED, Exit.WRONG_INPUT, Exit.STOPPED)
         for directory in left:
             # One that failed has written so itself, unless its disk was full.
-            if died or (code != Exit.STOPPED and directory.state != "failed"):
+            if died or directory.state == "damaged" or (code != Exit.STOPPED and directory.state != "failed"):
                 record_death(directory, code, log, hung)
         if code == Exit.WRONG_INPUT and len(child.directories) == 1:
             self._end(child.directories[0], Exit.WRONG_INPUT)
@@ -257,45 +272,11 @@ def _cores(pid: int) -> set[int]:
 
 def record_death(directory: RunDirectory, code: int, log: Path, hung: str | None = None) -> None:
     """What a cell that was killed could not write itself; `log`: what its process has printed, stacks included."""
+    if directory.state == "damaged" and hosts.first():
+        hung = "; ".join(mend_run(directory)) or hung
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if code == -signal.SIGKILL:
         how += f" (out of memory?{directory.prediction})"
     printed = log.read_text(errors="replace")[-20_000:] if log.exists() else ""
     (directory.path / hosts.named("error.txt")).write_text(f"{hung or how}\n\nThe end of its output:\n{printed}")
     directory.update(state="failed", error=hung or how)
-
-
-class _Progress:
-    """One bar over the training steps of all cells, so that the time left is a fair guess."""
-
-    def __init__(self, directories: Sequence[RunDirectory]):
-        self._directories = directories
-        self._steps = {d.run_id: d.config["training"]["steps"] for d in directories}
-        self._at = {d.run_id: self._step(d) for d in directories}
-        done = sum(self._at.values())
-        self._bar = tqdm(
-            total=sum(self._steps.values()), initial=done, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05
-        )
-        self._read = 0.0
-
-    def _step(self, directory: RunDirectory) -> int:
-        status = directory.status
-        return self._steps[directory.run_id] if status["state"] == "done" else int(status.get("step", 0))
-
-    def show(self, ended: int, running: Sequence[Sequence[RunDirectory]]) -> None:
-        if self._bar.disable or time.monotonic() < self._read + 1:
-            return
-        self._read = time.monotonic()
-        self._at |= {directory.run_id: self._step(directory) for directory in self._directories}
-        names = [
-            f"{pack[0].run_id}{f' and {len(pack) - 1} more' if len(pack) > 1 else ''} "
-            f"{self._at[pack[0].run_id]}/{self._steps[pack[0].run_id]}"
-            for pack in running
-        ]
-        self._bar.set_description(f"{ended}/{len(self._directories)} cells")
-        self._bar.set_postfix_str(", ".join(names), refresh=False)
-        self._bar.n = sum(self._at.values())
-        self._bar.refresh()
-
-    def close(self) -> None:
-        self._bar.close()

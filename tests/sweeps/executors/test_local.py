@@ -79,7 +79,6 @@ def test_every_cell_runs_once_and_what_is_done_is_skipped(cells, cell_command):
 def test_workers_run_at_once(cells, cell_command):
     directories = cells("slow", "a")
     assert local.run(alone(directories), workers=2, command=cell_command) == Exit.DONE
-    assert {directory.status["finished"] for directory in directories}
     assert directories[1].status["finished"] < directories[0].status["finished"]
 
 
@@ -111,6 +110,29 @@ def test_what_the_user_must_mend_is_not_tried_again(cells, cell_command):
     (directory,) = cells("wrong")
     assert local.run([[directory]], command=cell_command) == Exit.WRONG_INPUT
     assert trace(directory) == ["wrong from 0"]
+
+
+def test_a_damaged_status_fails_its_own_cell_only_and_that_goes_on_where_it_was(cells, cell_command):
+    directories = cells("garbles", "a")
+    said = []
+    assert local.run(alone(directories), workers=2, command=cell_command, say=said.append) == Exit.DONE
+    assert sorted(trace(directories[0])) == ["a from 0", "garbles from 0", "garbles from 6"]
+    assert any("garbles: " in line and "status.json is damaged" in line for line in said)
+    assert "status.json is damaged" in directories[0].status["incidents"][0]
+
+
+def test_a_fault_of_the_drivers_own_stops_the_cells_with_their_state(cells, cell_command):
+    (directory,) = cells("slow")
+
+    def fail():
+        if step(directory) >= 2:
+            raise RuntimeError("planted")
+
+    queue = local.Queue([[directory]], 1, cell_command, print)
+    queue.show = fail
+    with pytest.raises(RuntimeError, match="planted"):
+        local.drive(queue)
+    assert directory.state == "stopped"
 
 
 def test_a_pack_is_trained_in_one_process_and_what_fails_in_it_once_more_by_itself(cells, cell_command):
