@@ -4,6 +4,7 @@ Each writes `heartbeats/<process>` in the run's directory, a file and no message
 stopped, process 0 included. Clocks of other machines are not looked at: alive is who still changes their file.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -25,6 +26,7 @@ class _Peer:
 
     def __init__(self, file: epath.Path):
         self._file = file
+        self._text = ""
         self._text = self._read()
         self.changed = time.monotonic()
         self.facts: dict[str, Any] = {}
@@ -44,6 +46,8 @@ class _Peer:
             return self._file.read_text()
         except FileNotFoundError:
             return ""
+        except OSError:  # not readable for a moment: nothing new
+            return self._text
 
     def silent(self, seconds: float) -> bool:
         return not self.facts.get("left") and time.monotonic() - self.changed > seconds
@@ -100,14 +104,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._every):
-            self._write()
+            with contextlib.suppress(OSError):  # a disk that is full for a moment: the next beat says the same
+                self._write()
             for i, peer in self._peers.items():
                 peer.look()
                 if peer.facts.get("ended"):
                     line, code = peer.facts["ended"]
                     self._end(_of(i, line), code)
             if self._limit and time.monotonic() - self._progressed > self._limit:
-                self._dump_stacks()
+                with contextlib.suppress(OSError):
+                    self._dump_stacks()
                 self._end(self._who(), 1)
 
     def _write(self, **facts: Any) -> None:
@@ -147,8 +153,10 @@ class Watchdog:
 
     def _end(self, line: str, code: int) -> NoReturn:
         self._ending.acquire()  # never let go: the first line counts, who comes second waits for the end
-        self._write(ended=[line, code])
-        self._record(line, code)
+        with contextlib.suppress(OSError):
+            self._write(ended=[line, code])
+        with contextlib.suppress(Exception):  # what cannot be recorded is printed all the same
+            self._record(line, code)
         print(f"error: {line}", file=sys.stderr, flush=True)
         if self._process == 0:  # with process 0 goes JAX's coordinator, and without it JAX aborts the others
             self._wait_for_the_others()

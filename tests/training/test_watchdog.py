@@ -103,3 +103,10 @@ def test_an_error_of_its_own_is_told_at_once(dog, told):
 def test_the_stacks_of_all_threads_are_left_in_the_directory(dog, tmp_path):
     dog._dump_stacks()
     assert "test_the_stacks_of_all_threads_are_left" in (tmp_path / "stacks-1.txt").read_text()
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_watch(dog, told, monkeypatch):
+    monkeypatch.setattr(dog, "_folder", epath.Path("/dev/full"))  # no heartbeat can be written below it
+    with pytest.raises(Ended, match="1"):
+        dog._watch()
+    assert told[0][0].startswith("no step has ended for 0.4 s: ")
