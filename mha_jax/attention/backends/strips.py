@@ -1,9 +1,11 @@
 """Attention under rules that show a query one narrow range of keys, as windows do: a row takes its range as one strip.
 
-So there is no online softmax, one visit a row where tiles have many, and one mask for all heads. Backward, a column of
-keys meets the whole range of its queries: dk and dv are whole at the end of it, and only dq is added up.
+So there is no online softmax, one visit a row where tiles have many, and one mask for all heads. A row's range is
+mostly that of the row before: it lies in a ring, of which only what is new is written. So each key is read once, and
+rows can be low, which leaves little in a strip that is hidden. Backward, columns of keys do the same with queries.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -37,6 +39,9 @@ from mha_jax.attention.dropout import key_words
 from mha_jax.attention.regions import Span
 from mha_jax.attention.rule import Rule
 from mha_jax.attention.target import target
+
+Rings = tuple[Array, ...]
+Pieces = tuple[tuple[Array, int], ...]
 
 # Keys of a row, or queries of a column, that a core's cache holds.
 _WIDEST = 2048
@@ -88,7 +93,7 @@ def attend(
         q, scale = (q * scale).astype(q.dtype), 1.0
     k, v = (by_head(x, groups) for x in (k, v))
     plan, rule = plan_strips(rule, batch, queries, keys, heads, float(scale), dropout_rate)
-    plans = _Plans(halved(plan, rule, batch), plan)
+    plans = _Plans(*(halved(plan, rule, batch, of_keys) for of_keys in (False, True)))
     words = None if dropout_keys is None else key_words(dropout_keys)
     q, k, v = pad(q, plan.tiles.query_length), pad(k, plan.tiles.key_length), pad(v, plan.tiles.key_length)
     return _attention(plans, rule, words, q, k, v)[:, :queries]
@@ -98,7 +103,7 @@ class _Plans(NamedTuple):
     """Forward by strips of keys for rows of queries, backward by strips of queries for columns of keys."""
 
     forward: Strips
-    backward: Plan
+    backward: Strips
 
 
 def _forward(
@@ -107,19 +112,20 @@ def _forward(
     """The output, and log(sum over s of exp(logit)); 0 where a query sees nothing."""
     plan = plans.forward
     (batch, queries, heads, qk_dim), v_dim = q_BTHK.shape, v_BSHV.shape[3]
-    wide, rows = jnp.promote_types(q_BTHK.dtype, jnp.float32), queries // plan.block
+    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
 
-    def row(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        k_BhKs, v_BhsV, out_BTHV, lse_BHT = carry
-        h, t = Span(i // rows * plan.heads_at_once, plan.heads_at_once), Span(i % rows * plan.block, plan.block)
-        s = Span(jnp.asarray(plan.starts, int)[i % rows], plan.width)
+    def visit(i: Array, carry: tuple[Rings, tuple[Array, Array]]) -> tuple[Rings, tuple[Array, Array]]:
+        rings, (out_BTHV, lse_BHT) = carry
+        row, h, t, s = plan.places(i)
+
+        def pieces(s: Span) -> Pieces:
+            return (load(k_BSHK, h, s).swapaxes(2, 3), 3), (load(v_BSHV, h, s), 2)
 
         def turned(x: Array) -> Array:
             """As the keys lie in the rings."""
             return jnp.roll(x, s.start, 3)
 
-        k_BhKs, v_BhsV = _fetched(plan, i % rows, h, (k_BSHK, v_BSHV), (k_BhKs, v_BhsV))
-        tile = Tile(h, t, s, True)
+        rings = k_BhKs, v_BhsV = _fetched(plan, row, pieces, rings)
         visible = turned(rule.at(None, None if plan.num_steps == 1 else h, t, s))
         q, k, v = clean(plan, visible, load(q_BTHK, h, t).astype(wide), k_BhKs.swapaxes(2, 3), v_BhsV)
         logits = logits_of(plan, q, k.swapaxes(2, 3), visible, "bhxk,bhky->bhxy")
@@ -128,81 +134,100 @@ def _forward(
         weights = jnp.exp(logits - top)
         total = weights.sum(3, keepdims=True)
         if plan.dropout_rate:
-            weights = jnp.where(turned(kept_in(plan, words, tile)), weights, 0)
-        sums = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v_BSHV.dtype).astype(wide), v, preferred_element_type=wide)
+            weights = jnp.where(turned(kept_in(plan, words, Tile(h, t, s, True))), weights, 0)
+        sums = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v_BSHV.dtype).astype(wide), v)
         divisor = jnp.where(total > 0, total, 1)
         lse = jnp.where(total > 0, top + jnp.log(divisor), 0)[..., 0]
         out_BTHV = store(out_BTHV, sums / (divisor * (1 - plan.dropout_rate)), h, t)
-        return k_BhKs, v_BhsV, out_BTHV, lax.dynamic_update_slice(lse_BHT, lse, (0, h.start, t.start))
+        return rings, (out_BTHV, lax.dynamic_update_slice(lse_BHT, lse, (0, h.start, t.start)))
 
-    # What a loop fills is wide: XLA on CPU writes to a bfloat16 array in place only by way of a whole copy of it.
-    rings = (
-        jnp.zeros((batch, plan.heads_at_once, *sizes), wide) for sizes in ((qk_dim, plan.width), (plan.width, v_dim))
-    )
-    found = (jnp.zeros(sizes, wide) for sizes in ((batch, queries, heads, v_dim), (batch, heads, queries)))
-    *_, out_BTHV, lse_BHT = lax.fori_loop(0, plan.num_steps * rows, row, (*rings, *found))
+    rings = _empty(plan, batch, wide, (qk_dim, plan.width), (plan.width, v_dim))
+    start = jnp.zeros((batch, queries, heads, v_dim), wide), jnp.zeros((batch, heads, queries), wide)
+    _, (out_BTHV, lse_BHT) = lax.fori_loop(0, plan.num_visits, visit, (rings, start))
     return out_BTHV.astype(q_BTHK.dtype), lse_BHT
-
-
-def _fetched(
-    plan: Strips, row: Array, h: Span, arrays: tuple[Array, Array], rings: tuple[Array, Array]
-) -> tuple[Float[Array, "B h K s"], Float[Array, "B h s V"]]:
-    """Rings that hold the strip of a row, place s at s % width: most is there from the row before, and stays."""
-    begin, end, order = plan.fetches
-
-    def fetch(place: Array, rings: tuple[Array, Array]) -> tuple[Array, Array]:
-        s = Span(order[place] * plan.step, plan.step)
-        at = s.start % plan.width
-        k_BhKs, v_BhsV = rings
-        k, v = (load(x, h, s).astype(k_BhKs.dtype) for x in arrays)
-        k_BhKs = lax.dynamic_update_slice(k_BhKs, k.swapaxes(2, 3), (0, 0, 0, at))
-        return k_BhKs, lax.dynamic_update_slice(v_BhsV, v, (0, 0, at, 0))
-
-    return lax.fori_loop(begin[row], end[row], fetch, rings)
 
 
 def _backward(
     plans: _Plans, rule: Rule, words: Any, arrays: list[Array], out_BTHV: Array, lse_BHT: Array, dout_BTHV: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients for q, k and v; logits and weights are [s, t], as in `blockwise`."""
+    """Gradients for q, k and v; logits and weights are [s, t], as in `blockwise`.
+
+    dk and dv are whole at the end of a column. dq is added up in a ring, and whole where its queries leave it.
+    """
     plan = plans.backward
     q_BTHK, k_BSHK, v_BSHV = arrays
-    tiles, wide = plan.tiles, jnp.promote_types(q_BTHK.dtype, jnp.float32)
-    starts, width = strips_of(tiles.transposed())
+    (batch, _, _, qk_dim), v_dim = k_BSHK.shape, v_BSHV.shape[3]
+    narrow, wide = q_BTHK.dtype, jnp.promote_types(q_BTHK.dtype, jnp.float32)
     inner_BHT = sum_of_products(dout_BTHV, out_BTHV)
 
-    def column(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        t, s = Span(jnp.asarray(starts, int)[i], width), Span(i * tiles.block_k, tiles.block_k)
-        mask = rule.at(None, None, t, s).swapaxes(2, 3)
+    def visit(i: Array, carry: tuple[Rings, Rings]) -> tuple[Rings, Rings]:
+        rings, (dq_BTHK, dk_BSHK, dv_BSHV) = carry
+        column, h, s, t = plan.places(i)
 
-        def some_heads(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            h = Span(step * plan.heads_at_once, plan.heads_at_once)
-            visible = h.of(mask, 1)
-            q, k, v = load(q_BTHK, h, t), load(k_BSHK, h, s), load(v_BSHV, h, s)
-            q, k, v = clean(plan, visible.swapaxes(2, 3), q, k, v)
-            dout = load(dout_BTHV, h, t)
-            sizes = (q.shape[0], h.size, t.size)
+        def pieces(t: Span) -> Pieces:
+            sizes = (batch, h.size, t.size)
             lse, inner = (lax.dynamic_slice(x, (0, h.start, t.start), sizes)[:, :, None] for x in (lse_BHT, inner_BHT))
-            weights = jnp.exp(logits_of(plan, k, q, visible) - lse)
-            dweights = jnp.einsum("bhsv,bhtv->bhst", v, dout, preferred_element_type=wide)
-            kept = weights
-            if plan.dropout_rate:
-                keep = kept_in(plan, words, Tile(h, t, s, True)).swapaxes(2, 3)
-                kept, dweights = (jnp.where(keep, x / (1 - plan.dropout_rate), 0) for x in (weights, dweights))
-            dlogits = (weights * (dweights - inner)).astype(q.dtype)
-            dv = jnp.einsum("bhst,bhtv->bhsv", kept.astype(q.dtype), dout, preferred_element_type=wide)
-            dk = jnp.einsum("bhst,bhtk->bhsk", dlogits, q, preferred_element_type=wide)
-            dq = jnp.einsum("bhsk,bhst->bhkt", k, dlogits, preferred_element_type=wide)
-            dq_BTHK, dk_BSHK, dv_BSHV = carry
-            dq_BTHK = add(dq_BTHK, dq.swapaxes(2, 3) * plan.scale, h, t)
-            return dq_BTHK, store(dk_BSHK, dk * plan.scale, h, s), store(dv_BSHV, dv, h, s)
+            q, dout = (load(x, h, t) for x in (q_BTHK, dout_BTHV))
+            return (lse, 3), (inner, 3), (q, 2), (dout, 2), (jnp.zeros_like(q.swapaxes(2, 3)), 3)
 
-        return lax.fori_loop(0, plan.num_steps, some_heads, carry)
+        def turned(x: Array) -> Array:
+            """As the queries lie in the rings."""
+            return jnp.roll(x.swapaxes(2, 3), t.start, 3)
 
+        *held, dq_BhKt = _fetched(plan, column, pieces, rings)
+        lse, inner, q_BhtK, dout = held
+        visible = turned(rule.at(None, None if plan.num_steps == 1 else h, t, s))
+        k, v = (load(x, h, s).astype(wide) for x in (k_BSHK, v_BSHV))
+        q, k, v = clean(plan, visible.swapaxes(2, 3), q_BhtK, k, v)
+        weights = jnp.exp(logits_of(plan, k, q, visible) - lse)
+        dweights = jnp.einsum("bhsv,bhtv->bhst", v, dout)
+        kept = weights
+        if plan.dropout_rate:
+            keep = turned(kept_in(plan, words, Tile(h, t, s, True)))
+            kept, dweights = (jnp.where(keep, x / (1 - plan.dropout_rate), 0) for x in (weights, dweights))
+        kept, dlogits = (x.astype(narrow).astype(wide) for x in (kept, weights * (dweights - inner)))
+        dv_BSHV = store(dv_BSHV, jnp.einsum("bhst,bhtv->bhsv", kept, dout), h, s)
+        dk_BSHK = store(dk_BSHK, jnp.einsum("bhst,bhtk->bhsk", dlogits, q) * plan.scale, h, s)
+        # The barrier keeps XLA from taking the transposition into the product, which would then last a fifth longer.
+        k_BhKs = lax.optimization_barrier(k.swapaxes(2, 3))
+        dq_BhKt = dq_BhKt + jnp.einsum("bhks,bhst->bhkt", k_BhKs, dlogits)
+
+        def leave(place: Array, dq_BTHK: Array) -> Array:
+            t = Span(order[place] * plan.step, plan.step)
+            dq = lax.dynamic_slice_in_dim(dq_BhKt, t.start % plan.width, plan.step, 3)
+            return add(dq_BTHK, dq.swapaxes(2, 3) * plan.scale, h, t)
+
+        begin, end, order = plan.leaves
+        dq_BTHK = lax.fori_loop(begin[column], end[column], leave, dq_BTHK)
+        return (*held, dq_BhKt), (dq_BTHK, dk_BSHK, dv_BSHV)
+
+    sizes = (1, plan.width), (1, plan.width), (plan.width, qk_dim), (plan.width, v_dim), (qk_dim, plan.width)
     start = tuple(jnp.zeros(x.shape, wide) for x in arrays)
-    found = lax.fori_loop(0, k_BSHK.shape[1] // tiles.block_k, column, start)
-    dq_BTHK, dk_BSHK, dv_BSHV = (x.astype(y.dtype) for x, y in zip(found, arrays, strict=True))
+    _, found = lax.fori_loop(0, plan.num_visits, visit, (_empty(plan, batch, wide, *sizes), start))
+    dq_BTHK, dk_BSHK, dv_BSHV = (x.astype(narrow) for x in found)
     return dq_BTHK, dk_BSHK, dv_BSHV
+
+
+def _empty(plan: Strips, batch: int, dtype: Any, *sizes: tuple[int, int]) -> Rings:
+    """Rings of these last two axes, in a wide type: XLA on CPU copies all of a bfloat16 array to write a part of it."""
+    return tuple(jnp.zeros((batch, plan.heads_at_once, *size), dtype) for size in sizes)
+
+
+def _fetched(plan: Strips, row: Array, pieces: Callable[[Span], Pieces], rings: Rings) -> Rings:
+    """Rings that hold the strip of a row, place p at p % width: most is there from the row before, and stays.
+
+    pieces: what each ring is to hold of some places, and along which axis they lie.
+    """
+    begin, end, order = plan.fetches
+
+    def fetch(at: Array, rings: Rings) -> Rings:
+        places = Span(order[at] * plan.step, plan.step)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(ring, piece.astype(ring.dtype), places.start % plan.width, axis)
+            for ring, (piece, axis) in zip(rings, pieces(places), strict=True)
+        )
+
+    return lax.fori_loop(begin[row], end[row], fetch, rings)
 
 
 _attention = differentiable(_forward, _backward)

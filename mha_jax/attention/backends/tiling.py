@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mha_jax.attention.blockmap import EMPTY, FULL, PARTIAL, BlockMap
-from mha_jax.attention.regions import Rectangles
+from mha_jax.attention.regions import Rectangles, Span
 from mha_jax.attention.rule import Rule
 from mha_jax.attention.target import target
 from mha_jax.attention.visibility import Padding
@@ -103,9 +103,9 @@ def strips_of(tiles: BlockMap) -> tuple[np.ndarray, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Strips(Plan):
-    """A plan by which each row of `block` queries takes all that it sees as one strip of keys.
+    """A plan by which each row, `block` places of one axis, takes all that it sees of the other axis as one strip.
 
-    starts: the first key of each row's strip, a multiple of `step`. width: keys of every strip, a multiple too.
+    starts: where each row's strip starts, a multiple of `step`. width: of every strip, a multiple too.
     """
 
     block: int
@@ -114,28 +114,49 @@ class Strips(Plan):
     width: int
 
     @property
-    def fetches(self) -> tuple[Int[Array, " rows"], Int[Array, " rows"], Int[Array, " fetches"]]:
-        """The steps of each row's strip that are not in that of the row before: order[begin:end]."""
-        order: list[int] = []
-        ends, held = [0], range(0)
-        for start in self.starts:
-            strip = range(start // self.step, (start + self.width) // self.step)
-            order += [step for step in strip if step not in held]
-            ends.append(len(order))
-            held = strip
-        begin, end, steps = (jnp.asarray(x, int) for x in (ends[:-1], ends[1:], order))
-        return begin, end, steps
+    def num_visits(self) -> int:
+        return self.num_steps * len(self.starts)
+
+    def places(self, i: Array) -> tuple[Array, Span, Span, Span]:
+        """Of the i-th visit: the row, the heads, the row's places and those of its strip. Heads come one after the
+        other, so that rows do."""
+        row, rows = i % len(self.starts), i // len(self.starts)
+        heads = Span(rows * self.heads_at_once, self.heads_at_once)
+        return row, heads, Span(row * self.block, self.block), Span(jnp.asarray(self.starts, int)[row], self.width)
+
+    @property
+    def fetches(self) -> tuple[Array, Array, Array]:
+        """The steps of each row's strip that the row before does not have: order[begin:end]."""
+        strips = self._strips()
+        return _apart(strips, [range(0), *strips[:-1]])
+
+    @property
+    def leaves(self) -> tuple[Array, Array, Array]:
+        """The steps of each row's strip that the row after does not have: order[begin:end]."""
+        strips = self._strips()
+        return _apart(strips, [*strips[1:], range(0)])
+
+    def _strips(self) -> list[range]:
+        return [range(start // self.step, (start + self.width) // self.step) for start in self.starts]
 
 
-def halved(plan: Plan, rule: Rule, batch: int) -> Strips:
-    """Strips for rows of half a tile: with fewer queries to a row, fewer of its keys are hidden from most of them."""
-    tiles = plan.tiles
+def _apart(strips: list[range], others: list[range]) -> tuple[Array, Array, Array]:
+    found = [[step for step in strip if step not in other] for strip, other in zip(strips, others, strict=True)]
+    ends = np.cumsum([0, *map(len, found)])
+    begin, end, order = (jnp.asarray(x, int) for x in (ends[:-1], ends[1:], np.concatenate(found)))
+    return begin, end, order
+
+
+def halved(plan: Plan, rule: Rule, batch: int, of_keys: bool) -> Strips:
+    """Strips for rows of half a tile, of queries or of keys: the fewer places a row has, the less of its strip is
+    hidden from most of them."""
+    tiles = plan.tiles.transposed() if of_keys else plan.tiles
     (starts, width), (block, step) = strips_of(tiles), (tiles.block_q // 2, tiles.block_k // 2)
-    first_t, origin = np.arange(0, tiles.query_length, block)[:, None], starts.repeat(2)[:, None]
-    first_s = origin + np.arange(0, width, step)
-    seen = rule.bounds(Rectangles(first_t, first_t + block - 1, first_s, first_s + step - 1)).some
-    first, steps = _ranges(seen)
-    starts = np.minimum(origin[:, 0] + first * step, tiles.key_length - steps * step)
+    first, origin = np.arange(0, tiles.query_length, block)[:, None], starts.repeat(2)[:, None]
+    row, strip = ((x, x + size - 1) for x, size in ((first, block), (origin + np.arange(0, width, step), step)))
+    seen = rule.bounds(Rectangles(*strip, *row) if of_keys else Rectangles(*row, *strip)).some
+    nearest, steps = _ranges(seen)
+    starts = np.minimum(origin[:, 0] + nearest * step, tiles.key_length - steps * step)
     plan = _by_strips(plan, batch, block * steps * step)
     return Strips(**vars(plan), block=block, step=step, starts=tuple(starts.tolist()), width=steps * step)
 

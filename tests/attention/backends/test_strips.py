@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mha_jax.attention import BigBird, BlockDiagonal, Causal, Padding, PerHead, SlidingWindow, attend
+from mha_jax.attention import BigBird, BlockDiagonal, Causal, Padding, PerHead, PrefixLM, SlidingWindow, attend
 from mha_jax.attention.attend import choose_backend
 from mha_jax.attention.backends import strips, tiling
 from mha_jax.attention.backends.call import Call
@@ -47,45 +47,49 @@ def test_heads_in_turns_agree_with_tiles_where_rows_see_places_apart(monkeypatch
     q, k, v = (jnp.asarray(rng.normal(size=(1, 400, 4, width)), jnp.float32) for width in (8, 8, 5))
     rule = BlockDiagonal(100) & ~SlidingWindow(3)
     plan, padded = plan_strips(rule, 1, 400, 400, 4, 1.0, 0.0)
-    strips_ = halved(plan, padded, 1)
+    strips_ = halved(plan, padded, 1, of_keys=False)
     assert strips_.num_steps == 2 and max(np.diff(strips_.starts)) == 96 > strips_.step
     found, wanted = (attend(q, k, v, rule, backend=name) for name in ("strips", "blockwise"))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)  # means of some ten numbers of order 1
 
 
+@pytest.mark.parametrize("of_keys", [False, True])
 @pytest.mark.parametrize(
-    ("rule", "queries", "keys", "width"),
+    ("rule", "queries", "keys", "widths"),
     [
-        (Causal() & SlidingWindow(256), 1000, 1000, 288),
-        (SlidingWindow(30), 500, 100, 96),
-        (BlockDiagonal(96), 1000, 700, 96),
-        (Causal() & SlidingWindow(9), 20, 20, 24),
+        (Causal() & SlidingWindow(256), 1000, 1000, (288, 288)),
+        (SlidingWindow(30), 500, 100, (96, 96)),
+        (BlockDiagonal(96), 1000, 700, (96, 96)),
+        (PrefixLM(40) & SlidingWindow(9), 150, 300, (64, 96)),
+        (Causal() & SlidingWindow(9), 20, 20, (24, 24)),
     ],
 )
-def test_strip_holds_all_that_its_row_sees_and_stays_inside(rule, queries, keys, width):
+def test_strip_holds_all_that_its_row_sees_and_stays_inside(rule, queries, keys, widths, of_keys):
     plan, rule = plan_strips(rule, 1, queries, keys, 8, 1.0, 0.0)
-    strips_ = halved(plan, rule, 1)
+    strips_, width = halved(plan, rule, 1, of_keys), widths[of_keys]
     assert strips_.width == width
     mask = np.asarray(rule.mask(plan.tiles.query_length, plan.tiles.key_length))[0, 0]
+    mask = mask.T if of_keys else mask
     assert len(strips_.starts) * strips_.block == len(mask)
     for row, start in enumerate(strips_.starts):
-        assert 0 <= start <= plan.tiles.key_length - width
+        assert 0 <= start <= mask.shape[1] - width
         rows = mask[row * strips_.block : (row + 1) * strips_.block]
         assert rows.sum() == rows[:, start : start + width].sum()
 
 
 @pytest.mark.parametrize("starts", [(0, 0, 32, 64, 256, 96, 96), (128, 0, 160)])
-def test_ring_holds_the_strip_of_each_row_after_what_it_fetches(starts):
+def test_ring_holds_the_strip_of_each_row_between_what_it_fetches_and_what_leaves(starts):
     plan, _ = plan_strips(Causal() & SlidingWindow(100), 1, 512, 512, 8, 1.0, 0.0)
     strips_ = Strips(**vars(plan), block=32, step=32, starts=starts, width=160)
-    begin, end, order = (np.asarray(x) for x in strips_.fetches)
+    (begin, end, fetched), (first, last, left) = (map(np.asarray, lists) for lists in (strips_.fetches, strips_.leaves))
     ring = np.full(5, -1)
     for row, start in enumerate(starts):
-        new = order[begin[row] : end[row]]
-        assert not set(new) & set(ring), "what is there is not fetched again"
+        new = fetched[begin[row] : end[row]]
+        assert (ring[new % 5] == -1).all(), "only free places are written to"
         ring[new % 5] = new
         assert sorted(ring) == list(range(start // 32, start // 32 + 5))
-    assert begin[0] == 0 and end[-1] == len(order)
+        ring[left[first[row] : last[row]] % 5] = -1
+    assert (ring == -1).all()
 
 
 def test_refuses_wide_ranges_and_heads_with_places_of_their_own():
