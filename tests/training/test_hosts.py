@@ -70,7 +70,8 @@ def environment(process, processes, port, folder, watchdog_seconds=240.0):
     }
     group = hosts.Group(processes, process, f"localhost:{port}", watchdog_seconds)
     # One device a process: the eight of the suite's settings are not for them.
-    return {**os.environ, **group.environment(), **cache, "PYTHONPATH": ".", "XLA_FLAGS": ""}
+    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    return {**os.environ, **group.environment(), **cache, "PYTHONPATH": ".", "XLA_FLAGS": flags}
 
 
 def start(command, processes, folder, **settings):
