@@ -45,7 +45,9 @@ def check(values: flags.FlagValues) -> None:
         if values[name].value is not None and not on_ray:
             raise UserError(f"--{name} goes with --executor=ray")
     if on_ray:
-        ray.parse_resources(_resources(values))
+        accelerators = {"GPU", "TPU"} & set(ray.parse_resources(_resources(values)))
+        if values.dry_run and accelerators and values.device is None and values.topology is None:
+            raise UserError(f"which {accelerators.pop()} the cluster has is not asked: name it, as in --device=h100")
         if values.workers is not None:
             raise UserError("--workers is of --executor=local; on Ray, --cell_resources says how many cells fit")
     if values.cells is not None and (on_ray or values["config"].value is not None or not values.workdir):
@@ -68,7 +70,8 @@ def ray_trainer(values: flags.FlagValues) -> Train:
     devices: dict[str, Any] = {"platform": platform, "count": 1, "memory": None}
 
     def train(runs: Sequence[RunDirectory]) -> Exit:
-        return ray.run(packing.packs(runs, workers=ray.room(needs), devices=devices), needs=needs)
+        packs = packing.packs(runs, workers=ray.room(needs), devices=devices)
+        return ray.run(packs, needs=needs, hang_seconds=values.hang_seconds)
 
     return train
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_float(
         "hang_seconds",
         HANG_SECONDS,
-        "A cell that reports nothing for so long is ended and tried once more (executor local).",
+        "A cell that reports nothing for so long is ended and tried once more.",
         lower_bound=1.0,
         flag_values=values,
     )

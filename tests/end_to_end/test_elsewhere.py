@@ -14,6 +14,10 @@ WRONG = {
     "an address of nothing": ([SMOKE, "--workdir=w", "--address=auto"], "--address goes with --executor=ray"),
     "resources of nothing": ([SMOKE, "--workdir=w", '--cell_resources={"CPU":1}'], "--cell_resources goes with"),
     "resources that are none": ([SMOKE, "--executor=ray", "--cell_resources=2"], "must be a JSON object"),
+    "a plan for Ray's devices": (
+        [SMOKE, "--executor=ray", '--cell_resources={"GPU":1}', "--dry_run"],
+        "which GPU the cluster has is not asked",
+    ),
     "workers on Ray": ([SMOKE, "--executor=ray", "--workers=2"], "--workers is of --executor=local"),
 }
 

@@ -29,9 +29,12 @@ from mha_jax.sweeps.executors import local
 from mha_jax.sweeps.executors.hanging import HANG_SECONDS, Patience
 from mha_jax.sweeps.store import RunDirectory
 
+_Needs = Mapping[str, float]
+
 _LOSSES = 5
 _POLL_SECONDS = 0.1
 _ROOT = Path(__file__).parents[3]
+# As experiments/launch/tpu.sh, and what cells do not read: a driver on a TPU VM plans with the records in docs.
 _LEFT_AT_HOME = ["/.git", "/.venv", "/.ci", "/runs", "/data", "/docs", "/tests"]
 
 
@@ -111,30 +114,31 @@ def run(
     needs: Mapping[str, float],
     command: Sequence[str] = (),
     say: Callable[[str], None] = tqdm.write,
+    hang_seconds: float = HANG_SECONDS,
 ) -> Exit:
     """Runs every cell that is not done, as many at once as the cluster has room for; `connect` comes first.
 
-    A pack whose node or worker is lost goes on from its last checkpoint elsewhere, which is no attempt of its own, up
-    to five times. Everything else is as in `local.run`: attempts, packs, SIGTERM, what is told. Where this process
-    dies, Ray ends the cells with it; run again, they go on from their last checkpoint.
+    A pack whose node or worker is lost goes on from its last checkpoint elsewhere, which is no attempt of its own; the
+    fifth loss within an attempt ends that. Everything else is as in `local.run`: attempts, packs, SIGTERM, what is told
+    and what hangs. Where this process dies, Ray ends the cells; run again, they go on from their last checkpoint.
 
     Args:    needs: what each pack takes of a node; see `parse_resources`.
              command: what a node starts, with the directories of a pack as its last arguments; default: the cell.
     Returns: see `local.run`.
     """
-    return local.drive(_Queue(packs, needs, command, say))
+    return local.drive(_Queue(packs, needs, command, say, hang_seconds))
 
 
 class _Queue(local.Queue):
     """Gives every pack to Ray at once, which makes those wait that it has no room for."""
 
-    def __init__(self, packs: Sequence[Sequence[RunDirectory]], needs: Mapping[str, float], command: Any, say: Any):
+    def __init__(self, packs: Sequence[Sequence[RunDirectory]], needs: _Needs, command: Any, say: Any, seconds: float):
         # Whether a process hangs is looked at on its node: one that waits for room does not.
         super().__init__(packs, len(packs), command, say, hang_seconds=math.inf)
-        self._needs = needs
+        self._needs, self._seconds = needs, seconds
 
     def _spawn(self, pack: list[RunDirectory]) -> "_Task":
-        return _Task(pack, self._needs, self._command, self._say)
+        return _Task(pack, self._needs, self._command, self._say, self._seconds)
 
     def show(self) -> None:
         packs = [child.directories for child in self._running if child.process.poll() is None]
@@ -146,8 +150,9 @@ class _Task:
 
     stdin = None
 
-    def __init__(self, pack: Sequence[RunDirectory], needs: Mapping[str, float], command: Sequence[str], say: Callable):
+    def __init__(self, pack: Sequence[RunDirectory], needs: _Needs, command: Any, say: Callable, seconds: float):
         self._pack, self._needs, self._command, self._say = pack, needs, command, say
+        self._seconds = seconds
         self._losses = 0
         self._cancelled = False
         self.returncode: int | None = None
@@ -165,7 +170,7 @@ class _Task:
             max_retries=0,  # counted here, where each loss is told
         )
         paths = [_absolute(directory) for directory in self._pack]
-        self._ref = task.remote(list(self._command), paths, _own_cores(self._needs))
+        self._ref = task.remote(list(self._command), paths, _own_cores(self._needs), self._seconds)
 
     def poll(self) -> int | None:
         import ray
@@ -243,7 +248,7 @@ def _own_cores(needs: Mapping[str, float]) -> int | None:
     return int(needs["CPU"]) if needs.get("CPU", 0) >= 1 and not {"GPU", "TPU"} & set(needs) else None
 
 
-def _train(command: list[str], paths: list[str], cores: int | None) -> int:
+def _train(command: list[str], paths: list[str], cores: int | None, hang_seconds: float) -> int:
     """On a node, in a worker of Ray: starts the cells and waits for them. Cancelling it is SIGTERM to them."""
     pack = [RunDirectory(path) for path in paths]
     for directory in pack:
@@ -262,7 +267,7 @@ def _train(command: list[str], paths: list[str], cores: int | None) -> int:
         )
         if mine:
             os.sched_setaffinity(process.pid, mine)
-        patience = Patience(process.send_signal, pack, HANG_SECONDS)
+        patience = Patience(process.send_signal, pack, hang_seconds)
         try:
             while process.poll() is None:
                 patience.look()

@@ -128,6 +128,12 @@ def test_a_run_that_is_lost_again_and_again_fails_with_the_reason(played, cells)
     assert directories[0].state == "failed" and (directories[0].path / "error.txt").exists()
 
 
+def test_a_cell_that_hangs_on_a_node_is_ended_as_patience_wants_it(cells, cell_command):
+    (directory,) = cells("hangs")
+    assert executor._train(list(cell_command), [str(directory.path)], None, 1.5) == Exit.FAILED
+    assert directory.status["error"] == "hung at step 5: nothing went on for 1.5 s"
+
+
 # A node that is gone is noticed after three seconds instead of fifteen.
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 HEAD = {"num_cpus": 1, "include_dashboard": False, "_system_config": HEALTH}
