@@ -17,13 +17,13 @@ from mha_jax.training import hosts
 
 def run(main: Callable[[list[str]], int]) -> None:
     """Calls main(sys.argv) and exits with its code, or with 2 and one line where what the user gave is wrong, a disk
-    that is full or cannot be written included."""
+    that is full or cannot be written, and a bucket that cannot be reached for want of a library, included."""
     try:
         code = main(sys.argv)
     except UserError as error:
         complain(str(error))
         code = 2
-    except OSError as error:
+    except (OSError, ImportError) as error:
         if not told(error):
             raise
         complain(str(told(error)))

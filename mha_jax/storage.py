@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 _WORDS = {
     errno.ENOSPC: "disk full",
@@ -13,6 +14,8 @@ _WORDS = {
 }
 # Storage libraries raise errors of their own, which quote the system's text.
 _QUOTED = {os.strerror(number): _WORDS[number] for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)}
+# What etils needs beside itself for a bucket, by the library whose lack is told.
+_BUCKETS = {"gcsfs": ("gs://", "epath-gcs"), "s3fs": ("s3://", "epath-s3")}
 
 
 def refusal(error: BaseException) -> str | None:
@@ -31,8 +34,19 @@ def refusal(error: BaseException) -> str | None:
     return None
 
 
-def told(error: OSError) -> str | None:
-    """The refusal with the path that it was met at and what to do, in one line."""
+def told(error: OSError | ImportError) -> str | None:
+    """The refusal with the path that it was met at and what to do, in one line; also a bucket without its library."""
+    if isinstance(error, ImportError):
+        lacking = (names for library, names in _BUCKETS.items() if library in str(error))
+        return next((f"{place} needs: python -m pip install 'etils[{extra}]'" for place, extra in lacking), None)
     why = refusal(error)
     where = f": {os.fsdecode(error.filename)}" if error.filename else ""
+    if isinstance(error, FileNotFoundError) and (link := _dangling(error)):
+        why, where = "a link that leads nowhere", f": {link}"
     return why and f"{why}{where}; mend that or give another place, and run again: what is saved is kept"
+
+
+def _dangling(error: OSError) -> Path | None:
+    """The link without a target that a path leads through, if there is one."""
+    path = Path(os.fsdecode(error.filename or ""))
+    return next((part for part in (path, *path.parents) if part.is_symlink() and not part.exists()), None)

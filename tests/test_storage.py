@@ -1,9 +1,11 @@
 """Refusals of a file system are told from other errors, and in a user's words."""
 
 import errno
+import importlib.util
 import os
 
 import pytest
+from etils import epath
 
 from mha_jax.storage import refusal, told
 
@@ -42,4 +44,22 @@ def test_the_path_is_told_where_it_is_known(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as caught:
         (tmp_path / "file" / "runs").mkdir()
-    assert told(caught.value).startswith(f"a file lies where a directory is wanted: {tmp_path}/file/runs; mend that")
+    assert (told(caught.value) or "").startswith(
+        f"a file lies where a directory is wanted: {tmp_path}/file/runs; mend that"
+    )
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "link" / "runs").mkdir()
+    assert (told(caught.value) or "").startswith(f"a link that leads nowhere: {tmp_path}/link; mend that")
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "gone").read_text()
+    assert told(caught.value) is None
+
+
+def test_a_bucket_without_its_library_is_told_with_what_to_install():
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(ImportError) as caught:
+        epath.Path("gs://bucket/sweep").exists()
+    assert told(caught.value) == "gs:// needs: python -m pip install 'etils[epath-gcs]'"
+    assert told(ImportError("no module of that name")) is None
