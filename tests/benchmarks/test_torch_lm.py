@@ -1,5 +1,7 @@
 """PyTorch's contestant is the same model: same parameters, same loss, same step."""
 
+from importlib.util import find_spec
+
 import jax
 import numpy as np
 import pytest
@@ -8,19 +10,27 @@ from mha_jax.benchmarks.train_step import language_model, random_batch
 from mha_jax.training.step import init_state, train_step
 
 pytestmark = pytest.mark.slow
-torch = pytest.importorskip("torch", reason="PyTorch is only in requirements-bench.txt")
+# PyTorch takes seconds to import, which those who leave these tests out should not wait for.
+if find_spec("torch") is None:
+    pytest.skip("PyTorch is only in requirements-bench.txt", allow_module_level=True)
 
 
 def copy_kernel(linear, kernel, inputs):
+    import torch
+
     linear.weight.data = torch.tensor(np.asarray(kernel).reshape(inputs, -1).T.copy())
 
 
 def copy_norm(norm, params):
+    import torch
+
     norm.weight.data, norm.bias.data = (torch.tensor(np.array(params[name])) for name in ("scale", "bias"))
 
 
 def copy_parameters(model, params):
     """Ours into PyTorch's; a norm and a bias at their starts would hide a swap, so the caller perturbs them."""
+    import torch
+
     model.tokens.data = torch.tensor(np.array(params["tokens"]["embedding"]))
     model.positions.data = torch.tensor(np.array(params["decoder"]["positions"]["embedding"]))
     copy_norm(model.final_norm, params["decoder"]["final_norm"])
@@ -39,6 +49,8 @@ def copy_parameters(model, params):
 
 @pytest.mark.parametrize("num_heads", [1, 4])
 def test_loss_before_and_after_steps_is_ours(num_heads):
+    import torch
+
     from mha_jax.benchmarks import torch_lm
 
     run = language_model(num_heads, num_layers=2, d_model=20, d_ff=29, length=7, batch_size=3)

@@ -1,5 +1,6 @@
 """BERT, GPT-2 and llama against the models that `transformers` makes (requirements-parity.txt); skipped without it."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from mha_jax.pretrained import directory, families
 from mha_jax.pretrained.agreement import agreement, hidden_states
 from tests.pretrained import checkpoints
 
-torch = pytest.importorskip("torch", reason="requirements-parity.txt is not installed")
-transformers = pytest.importorskip("transformers", reason="requirements-parity.txt is not installed")
 pytestmark = pytest.mark.slow
+# Both take seconds to import, which those who leave these tests out should not wait for.
+if find_spec("torch") is None or find_spec("transformers") is None:
+    pytest.skip("requirements-parity.txt is not installed", allow_module_level=True)
 TOLERANCE = 1e-5  # measured: at most 2e-6 at 12 layers
 VOCABULARY = 97
 BERT = {"hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 50, "max_position_embeddings": 20}
@@ -24,6 +26,9 @@ GPT2 = {"n_embd": 36, "n_head": 3, "n_positions": 20, "bos_token_id": 0, "eos_to
 
 def theirs(kind: str, layers: int) -> Any:
     """A model as `transformers` draws it, every parameter moved: none keeps a bias of 0 or a gain of 1."""
+    import torch
+    import transformers
+
     if kind == "gpt2":
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers, vocab_size=VOCABULARY, **GPT2))
     elif kind in ("llama", "llama_untied"):
@@ -42,6 +47,8 @@ def theirs(kind: str, layers: int) -> Any:
 
 
 def outputs(model: Any, tokens_BT: np.ndarray, real_BT: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    import torch
+
     with torch.no_grad():
         mask = torch.tensor(real_BT.astype(int))
         found = model(input_ids=torch.tensor(tokens_BT), attention_mask=mask, output_hidden_states=True)
@@ -73,6 +80,8 @@ def test_hidden_states_and_logits_are_those_of_transformers(tmp_path: Path, kind
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForTokenClassification"])
 def test_hidden_states_of_an_encoder_without_our_head_are_those_of_transformers(tmp_path: Path, name: str):
+    import torch
+
     model = theirs(name, 2)
     model.save_pretrained(tmp_path)
     tokens_T = np.random.default_rng(0).integers(0, VOCABULARY, 17)
@@ -87,6 +96,8 @@ def test_hidden_states_of_an_encoder_without_our_head_are_those_of_transformers(
 
 @pytest.mark.parametrize("kind", ["bert", "bert_classifier", "gpt2", "llama_untied"])
 def test_what_is_exported_loads_there_and_computes_the_same(tmp_path: Path, kind: str):
+    import transformers
+
     folder = checkpoints.checkpoint(tmp_path / "in", kind, VOCABULARY)
     found = families.read(folder)
     directory.write(tmp_path / "out", *families.written(checkpoints.run_of(found), found.params))
