@@ -83,7 +83,10 @@ def _build(spec: type[Spec], section: Mapping[str, Any], prefix: str) -> Spec:
         for name, field in fields.items()
         if dataclasses.is_dataclass(field.type) and isinstance(section.get(name), Mapping)
     }
-    return spec(**{**_frozen(section), **built})
+    try:
+        return spec(**{**_frozen(section), **built})
+    except TypeError as error:  # such as text where a number is compared
+        raise UserError(f"{prefix.rstrip('.') or 'config'} has a value of the wrong kind: {error}") from error
 
 
 def resolve(config: ConfigDict | Mapping[str, Any]) -> RunSpec:

@@ -1,7 +1,6 @@
 """What a paper says, checked against what we measured: held, not held or undecided.
 
-A claim in a config is a dict: `{"text", "metric", "better", "worse"}` says that one cell beats another, and
-`{"text", "metric", "between": [cell, cell], "margin"}` that two cells are alike. A cell is a dict of overrides.
+What a claim may say is in `mha_jax.sweeps.claims`.
 
 In at most 5 % of sweeps is any claim called held that is not true, however many claims there are and however often
 seeds are added (docs/claims_simulation.md).
@@ -17,33 +16,12 @@ from jaxtyping import Float
 from mha_jax.reporting import power
 from mha_jax.reporting.results import Cell, Results
 from mha_jax.reporting.statistics import Estimate, holm_rows, p_above, paired
-from mha_jax.specs import UserError
+from mha_jax.sweeps.claims import Claim, Equivalence
 from mha_jax.training.metrics import lower_is_better
 
 Status = Literal["held", "not held", "undecided"]
 _LEVEL = 0.95
 _UNITS = {"loss": " nats", "bleu": " BLEU", "bits_per_byte": " bits a byte"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """Cell `better` beats cell `worse` on the metric by more than `margin`."""
-
-    text: str
-    metric: str
-    better: Mapping[str, Any]
-    worse: Mapping[str, Any]
-    margin: int | float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Equivalence:
-    """The two cells differ on the metric by less than `margin`, whichever way."""
-
-    text: str
-    metric: str
-    between: Sequence[Mapping[str, Any]]
-    margin: int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +32,6 @@ class Verdict:
     status: Status
     difference: Estimate | None
     sentence: str
-
-
-def parse(claim: Mapping[str, Any]) -> Claim | Equivalence:
-    """The claim that a config's dict describes. Raises UserError for a dict that is neither kind."""
-    kind = Equivalence if "between" in claim else Claim
-    try:
-        made = kind(**{name: value for name, value in claim.items() if name != "kind"})
-    except TypeError as error:
-        raise UserError(f"claim {claim.get('text', claim)!r}: {str(error).split('__init__() ')[-1]}") from None
-    if isinstance(made, Equivalence) and (len(made.between) != 2 or not made.margin > 0):
-        raise UserError(f"claim {made.text!r} needs two cells in 'between' and a margin above 0")
-    lower_is_better(made.metric)
-    return made
 
 
 def check(claims: Sequence[Claim | Equivalence], results: Results) -> list[Verdict]:

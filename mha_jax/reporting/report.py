@@ -17,6 +17,7 @@ from mha_jax.reporting import (
     trials,
     tuning,
 )
+from mha_jax.sweeps.claims import parse
 
 
 def build_report(workdir: epath.PathLike) -> epath.Path:
@@ -29,7 +30,7 @@ def build_report(workdir: epath.PathLike) -> epath.Path:
     Raises: UserError where the directory holds no sweep, or a claim of its config cannot be understood.
     """
     found = results.read(workdir)
-    verdicts = claims.check([claims.parse(claim) for claim in found.sweep.get("claims") or []], found)
+    verdicts = claims.check([parse(claim) for claim in found.sweep.get("claims") or []], found)
     table, caption = tables.make(found), provenance.caption(found)
     directory = epath.Path(workdir) / "report"
     directory.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from mha_jax.specs.gates import GatesSpec
 from mha_jax.specs.heads import HeadShape
 from mha_jax.specs.model import ModelSpec
 from mha_jax.specs.routing import RoutingSpec, SpanSpec
-from mha_jax.specs.run import ATTENTION_KINDS, MeshSpec, RunSpec
+from mha_jax.specs.run import ATTENTION_KINDS, LARGEST_SEED, MeshSpec, RunSpec
 from mha_jax.specs.training import DecodingSpec, OptimizerSpec, TrainingSpec
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "BYTE_VOCAB_SIZE",
     "EOS",
     "FILE_TOKENIZERS",
+    "LARGEST_SEED",
     "MASK",
     "PAD",
     "SPECIAL_TOKENS",

@@ -19,6 +19,9 @@ ATTENTION_KINDS = {
 }
 
 
+LARGEST_SEED = 2**31 - 1  # keys are made of 32-bit integers
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
     """Devices along each axis for parallel="jit"; `data` None takes all that remain."""
@@ -72,6 +75,8 @@ class RunSpec:
             raise UserError(f"pack={self.pack!r} must be 'auto' or an integer of at least 1")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds={self.seeds!r} must be distinct integers, at least one")
+        if not all(isinstance(seed, int) and 0 <= seed <= LARGEST_SEED for seed in self.seeds):
+            raise UserError(f"seeds={self.seeds!r} must be integers from 0 to {LARGEST_SEED}")
         for kind in ATTENTION_KINDS[self.task]:
             self.model.heads(kind)
         if self.model.adaptive_span.max_span is not None and "cross" in ATTENTION_KINDS[self.task]:

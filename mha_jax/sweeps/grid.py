@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mha_jax import config as configs
 from mha_jax.specs import RunSpec, UserError
+from mha_jax.sweeps.claims import check_paper, parse
 
 _MATCHED_FIELDS = ("num_heads", "num_kv_heads", "qk_dim", "v_dim")
 
@@ -70,20 +71,29 @@ def load(config_argument: str, overrides: Mapping[str, Any] | None = None) -> St
     config = _call(path, module.get_config, profile)
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict")
-    sweep = [dict(cell) for cell in _call(path, module.get_sweep, profile)] if hasattr(module, "get_sweep") else [{}]
+    sweep = _dicts(path, "sweep", _call(path, module.get_sweep, profile)) if hasattr(module, "get_sweep") else [{}]
     if not sweep:
         raise UserError(f"{path}: get_sweep({profile!r}) gave no cells")
+    paper, claims, cuts = (_of_profile(path, module, name, profile) for name in ("paper", "claims", "cuts"))
+    if paper is not None:
+        check_paper(paper)
+    tuning = _of_profile(path, module, "tuning", profile)
+    if not isinstance(tuning, Mapping | None):
+        raise UserError(f"{path}: TUNING={tuning!r} must be a dict, such as {{'fields': {{...}}}}")
+    claims = _dicts(path, "claims", claims or [])
+    for claim in claims:
+        parse(claim)
     return Study(
         path=path,
         profile=profile,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         config=_with_match_base(configs.override(config, overrides or {}), None),
         sweep=sweep,
-        paper=_of_profile(path, module, "paper", profile),
-        claims=[dict(claim) for claim in _of_profile(path, module, "claims", profile) or ()],
-        cuts=[dict(claim) for claim in _of_profile(path, module, "cuts", profile) or ()],
+        paper=paper,
+        claims=claims,
+        cuts=_dicts(path, "cuts", cuts or []),
         docstring=inspect.cleandoc(module.__doc__ or ""),
-        tuning=_of_profile(path, module, "tuning", profile),
+        tuning=tuning,
     )
 
 
@@ -132,7 +142,7 @@ def _execute(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _faulty(str(file), error) from error
     return module
 
@@ -146,11 +156,19 @@ def _call(path: str, function: Callable[..., Any], profile: str) -> Any:
         raise UserError(f"{path} has no profiles; {profile!r} was asked for")
     try:
         result = function(*arguments)
-        return list(result) if inspect.isgenerator(result) else result
+        return list(result) if isinstance(result, Iterator) else result
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _faulty(path, error) from error
+
+
+def _dicts(path: str, what: str, given: Any) -> list[dict[str, Any]]:
+    listed = isinstance(given, (tuple, list))
+    odd = [one for one in given if not isinstance(one, (Mapping, ConfigDict))] if listed else [given]
+    if odd:
+        raise UserError(f"{path}: its {what} must be a list of dicts; {odd[0]!r} is no dict")
+    return [dict(one) for one in given]
 
 
 def _of_profile(path: str, module: ModuleType, name: str, profile: str) -> Any:
@@ -159,7 +177,7 @@ def _of_profile(path: str, module: ModuleType, name: str, profile: str) -> Any:
     return getattr(module, name.upper(), None) if function is None else _call(path, function, profile)
 
 
-def _faulty(path: str, error: Exception) -> UserError:
+def _faulty(path: str, error: BaseException) -> UserError:
     if isinstance(error, SyntaxError):
         line, text = error.lineno, error.msg
     else:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from mha_jax import config as configs
-from mha_jax.specs import UserError
+from mha_jax.specs import LARGEST_SEED, UserError
 from mha_jax.sweeps.grid import Cell
 
 _MOST = 1000
@@ -18,6 +18,8 @@ def parse(text: str) -> tuple[int, ...]:
         if not first.isdecimal() or (dots and not last.isdecimal()):
             raise UserError(f"--seeds={text}: {part.strip()!r} is no seed; give numbers from 0 on, as 3..9 or 3,5,8")
         low, high = int(first), int(last or first)
+        if high > LARGEST_SEED:
+            raise UserError(f"--seeds={text}: {part.strip()!r} is too large; seeds are from 0 to {LARGEST_SEED}")
         if high < low:
             raise UserError(f"--seeds={text}: {part.strip()!r} runs backwards; give {high}..{low}")
         if high - low >= _MOST:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mha_jax import config as configs
-from mha_jax.specs import UserError
+from mha_jax.specs import LARGEST_SEED, UserError
 from mha_jax.sweeps import grid
 from mha_jax.training.metrics import lower_is_better
 
@@ -136,8 +136,9 @@ def _range(field: str, given: Mapping[str, Any], method: str) -> Range:
 
 def _seeds(given: Any) -> tuple[int, ...]:
     seeds = tuple(given) if isinstance(given, (tuple, list)) else ()
-    if not seeds or len(set(seeds)) != len(seeds) or any(type(seed) is not int for seed in seeds):
-        raise UserError(f"TUNING: seeds={given!r} must be distinct integers, at least one")
+    legal = all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in seeds)
+    if not seeds or len(set(seeds)) != len(seeds) or not legal:
+        raise UserError(f"TUNING: seeds={given!r} must be distinct integers from 0 to {LARGEST_SEED}, at least one")
     return seeds
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 from configs import ainslie2023_gqa as study
 from mha_jax.config import override, resolve
 from mha_jax.models import build_model, cost
-from mha_jax.reporting import claims
 from mha_jax.specs import RunSpec, UserError
+from mha_jax.sweeps import claims
 
 PROFILES = {"paper": (64, (64, 8, 1)), "multi30k": (8, (8, 4, 2, 1))}
 

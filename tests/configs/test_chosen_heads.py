@@ -9,8 +9,8 @@ from flax import nnx
 from configs import bhojanapalli2020, jin2024_moh
 from mha_jax.config import flatten, override, resolve
 from mha_jax.models import build_model, cost
-from mha_jax.reporting import claims
 from mha_jax.specs import UserError
+from mha_jax.sweeps import claims
 
 STUDIES = [(module, profile) for module in (bhojanapalli2020, jin2024_moh) for profile in ("paper", "embedded")]
 CELLS = [(module, profile, cell) for module, profile in STUDIES for cell in module.get_sweep(profile)]

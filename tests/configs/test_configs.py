@@ -11,9 +11,8 @@ from configs import default, vaswani2017_table3
 from mha_jax import specs
 from mha_jax.config import _SECTIONS, flatten, override, resolve
 from mha_jax.models import build_model, cost
-from mha_jax.reporting import claims
 from mha_jax.specs import ATTENTION_KINDS, UserError
-from mha_jax.sweeps import grid
+from mha_jax.sweeps import claims, grid
 
 PROFILES = [(default, ""), (default, "smoke"), (vaswani2017_table3, "paper"), (vaswani2017_table3, "multi30k")]
 CELLS = [(module, profile, cell) for module, profile in PROFILES for cell in module.get_sweep(profile)]

@@ -10,9 +10,8 @@ from configs import michel2019, voita2019
 from mha_jax import config as configs
 from mha_jax.config import flatten, override, resolve
 from mha_jax.models import build_model, cost
-from mha_jax.reporting import claims
 from mha_jax.specs import UserError
-from mha_jax.sweeps import grid
+from mha_jax.sweeps import claims, grid
 
 PAPERS = "../shared/papers/voita2019.json"
 PROFILES = ("paper", "paper_base", "multi30k")

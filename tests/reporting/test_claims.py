@@ -1,14 +1,14 @@
 import pytest
 
 from mha_jax.reporting import claims, results
-from mha_jax.specs import UserError
+from mha_jax.sweeps.claims import parse
 
 ONE, EIGHT = {"model.num_heads": 1}, {"model.num_heads": 8}
 DEFAULT, VASWANI = "configs/default.py", "configs/vaswani2017_table3.py:paper"
 
 
 def check(sweep, **claim):
-    (verdict,) = claims.check([claims.parse({"text": "…", **claim})], results.read(sweep.path))
+    (verdict,) = claims.check([parse({"text": "…", **claim})], results.read(sweep.path))
     return verdict
 
 
@@ -66,17 +66,3 @@ def test_one_seed_decides_nothing(make_sweep):
     sweep = make_sweep(DEFAULT, {0: [1.6, float("nan"), float("nan")], 3: [1.5, 1.5, 1.5]})
     verdict = check(sweep, metric="validation/loss", better=EIGHT, worse=ONE)
     assert verdict.status == "undecided" and "1 common seed:" in verdict.sentence
-
-
-@pytest.mark.parametrize(
-    "claim",
-    [
-        {"metric": "validation/loss", "better": EIGHT},
-        {"metric": "validation/loss", "better": EIGHT, "worse": ONE, "margn": 0.1},
-        {"metric": "validation/loss", "between": [EIGHT], "margin": 0.1},
-        {"metric": "validation/charm", "better": EIGHT, "worse": ONE},
-    ],
-)
-def test_a_claim_that_makes_no_sense_is_refused(claim):
-    with pytest.raises(UserError, match=r"^(claim|metric) "):
-        claims.parse({"text": "…", **claim})

@@ -11,6 +11,7 @@ from mha_jax.reporting import build_report, claims, results, tables
 from mha_jax.reporting.trials import notes
 from mha_jax.sweeps import grid
 from mha_jax.sweeps.cell import Exit
+from mha_jax.sweeps.claims import parse
 from mha_jax.sweeps.search import search
 from mha_jax.sweeps.store import SweepDirectory
 from mha_jax.sweeps.trials import read_trials
@@ -65,7 +66,7 @@ def test_cells_claims_and_the_base_are_found_by_the_grids_own_overrides(sweep):
     assert found.find({"model.num_heads": 4}) is found.cells[2]
     assert found.base is found.find({}) is found.cells[3]
     assert found.label({"model.num_heads": 16}) == "h=16"
-    verdict = claims.check([claims.parse(claim) for claim in found.sweep["claims"]], found)[0]
+    verdict = claims.check([parse(claim) for claim in found.sweep["claims"]], found)[0]
     assert verdict.difference is not None and verdict.difference.n == 3
 
 

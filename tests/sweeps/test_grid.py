@@ -90,6 +90,22 @@ def test_cells_that_do_not_divide_over_the_devices_are_illegal(config_file):
         ("for num_heads in", "for num_heads", r"tiny.py, line 23: SyntaxError: "),
         ('"model.num_heads": num_heads', '"model.num_heds": num_heads', "did you mean 'model.num_heads'"),
         ("for num_heads in (1, 2, 3, 5)", "for num_heads in ()", "gave no cells"),
+        (
+            "    for num_heads in (1, 2, 3, 5):\n        yield",
+            "    return None and",
+            "its sweep must be a list of dicts",
+        ),
+        ("yield {", "yield 3 or {", "its sweep must be a list of dicts; 3 is no dict"),
+        ("PAPER =", "import sys\nsys.exit('no')\nPAPER =", "tiny.py, line 28: SystemExit: no"),
+        ('PAPER = {"rows"', 'PAPER = "rows" or {"rows"', "PAPER='rows' must be a dict"),
+        ('"cell": {}}]', '"sell": {}}]', "PAPER: row .* must be a dict with a 'cell'"),
+        (
+            "CLAIMS = [",
+            "CLAIMS = ['one is worse'] or [",
+            "its claims must be a list of dicts; 'one is worse' is no dict",
+        ),
+        ('"worse"', '"wrose"', "claim '2 beat 1': .*argument"),
+        ("seeds=(0, 1)", "seeds=(0, 2**31)", "must be integers from 0 to 2147483647"),
     ],
 )
 def test_a_faulty_file_is_told_in_one_line(config_file, old, new, told):

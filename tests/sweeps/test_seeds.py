@@ -52,6 +52,7 @@ def test_seeds_are_read_and_told_alike(text, wanted):
         ("9..3", "runs backwards; give 3..9"),
         ("3,4,3", "seed 3 is there twice"),
         ("0..99999999", "at most 1000"),
+        ("2147483648", "is too large; seeds are from 0 to 2147483647"),
     ],
 )
 def test_what_is_no_seed_is_told_in_one_line(text, told):

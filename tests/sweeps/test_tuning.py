@@ -61,6 +61,8 @@ def test_optuna_draws_from_ranges_and_choices(tuning_of):
         (f"{{{RATES}, 'metric': 'validation/entropy'}}", "'validation/entropy' has no direction"),
         (f"{{{RATES}, 'metric': 'validation/bleu'}}", "is measured for task='translation'; this is task='lm'"),
         (f"{{{RATES}, 'seeds': (0, 0)}}", r"seeds=\(0, 0\) must be distinct integers"),
+        (f"{{{RATES}, 'seeds': (2**31,)}}", "distinct integers from 0 to 2147483647"),
+        ("['optimizer.learning_rate']", "TUNING=.* must be a dict"),
         (f"{{{RATES}, 'seeds': 3}}", "seeds=3 must be distinct integers"),
         (f"{{{RATES}, 'trials': 5}}", "trials=5 is for method='optuna'"),
         (f"{{{RATES}, 'method': 'random'}}", "method='random' is not one of 'grid', 'optuna'"),
