@@ -83,6 +83,11 @@ class RunDirectory:
         return self.path.parent.parent
 
     @property
+    def sweep(self) -> epath.Path:
+        """Where the caches of its sweep lie: that of a trial, which is in DIR/tuning/runs, is DIR."""
+        return self.workdir.parent if (self.workdir / "trials.json").exists() else self.workdir
+
+    @property
     def config(self) -> dict[str, Any]:
         file = self.path / "config.json"
         if not file.exists():
@@ -239,9 +244,9 @@ class SweepDirectory:
         return read_json(self.path / "sweep.json")
 
     def place(self, run_id: str) -> int:
-        """Which cell of the grid, counted from 0, a run is; 0 for one that is none."""
-        cells = self.facts["cells"] if (self.path / "sweep.json").exists() else []
-        return next((place for place, cell in enumerate(cells) if cell["run"] == run_id), 0)
+        """Which of `runs`, counted from 0, a run is; 0 for one that is none of them."""
+        runs = self.runs if (self.path / "sweep.json").exists() else []
+        return next((place for place, run in enumerate(runs) if run.run_id == run_id), 0)
 
     @property
     def seeds(self) -> list[tuple[int, ...]]:

@@ -1,11 +1,14 @@
 """launch.sh: wrong input and missing tools in one line, and scripts that shellcheck accepts."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mha_jax.sweeps.executors.local import KEEP_MEMORY
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +73,11 @@ def test_a_missing_tool_is_named(cloud, tool):
     ended = cloud.run(*arguments, PATH=str(cloud.path / "few"))
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"error: {tool} is not on the path")
+
+
+def test_the_script_keeps_memory_as_the_drivers_of_cells_do():
+    (setting,) = re.findall(r"GLIBC_TUNABLES-([^}]*)", (ROOT / "launch.sh").read_text())
+    assert sorted(setting.split(":")) == sorted(KEEP_MEMORY.split(":"))
 
 
 def test_the_scripts_are_clean_to_shellcheck():

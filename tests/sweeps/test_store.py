@@ -33,6 +33,12 @@ def test_sweep_json_records_the_grid_and_where_it_came_from(config_file, tmp_pat
     assert all(run.state == "queued" for run in sweep.runs)
 
 
+def test_every_run_has_a_place_of_its_own_those_of_added_seeds_too(config_file, tmp_path):
+    study = grid.load(config_file)
+    sweep = SweepDirectory.create(tmp_path / "w", study, grid.cells(study), {}, more_seeds=(5,))
+    assert [sweep.place(run.run_id) for run in sweep.runs] == list(range(6))
+
+
 def test_opening_a_sweep_again_keeps_what_its_runs_hold(config_file, tmp_path):
     make(config_file, tmp_path).runs[0].update(state="done", step=11)
     again = make(config_file, tmp_path)
