@@ -120,11 +120,11 @@ def _train(
     from mha_jax.training import loop
     from mha_jax.training.devices import use_cores
 
-    first, workdir = runs[0], cells[0][0].workdir
+    first, sweep = runs[0], cells[0][0].sweep
     use_cores(first)
     if first.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    with compile_cache(workdir):
+    with compile_cache(sweep):
         first.check_devices(jax.device_count())
         device = jax.devices()[0]
         devices = {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
@@ -134,7 +134,7 @@ def _train(
             directory.update(devices=devices, steps=run.training.steps)
             share = len(run.seeds) / sum(len(other.seeds) for other in runs)
             parts.append(loop.Part(config, run, directory.path, _Report(directory, share * imports)))
-        cache_dir = data_dir(first, workdir)
+        cache_dir = data_dir(first, sweep)
         return loop.train(parts, cache_dir=cache_dir, should_stop=should_stop, progress=progress)
 
 

@@ -64,6 +64,14 @@ def test_the_loop_gets_the_resolved_config_and_the_caches_of_the_sweep(directory
     assert seen[0]["cache_dir"] == directory.workdir / ".cache" / "data"
 
 
+def test_a_trial_shares_the_caches_of_its_sweep(directory, play, tmp_path):
+    trial = RunDirectory.create(tmp_path / "w" / "tuning" / "runs" / "tiny", directory.config)
+    (trial.workdir / "trials.json").write_text("{}")
+    seen = play(lambda report, should_stop: "done")
+    assert run_cell(trial) == Exit.DONE
+    assert seen[0]["cache_dir"] == directory.workdir / ".cache" / "data"
+
+
 def test_seconds_add_up_over_attempts(directory, play):
     play(lambda report, should_stop: report({"seconds": {"train": 2.0, "data": 1.0}}) or "stopped")
     assert run_cell(directory) == Exit.STOPPED
