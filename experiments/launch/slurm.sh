@@ -54,7 +54,8 @@ logs=$PWD/runs/slurm
 common=(--parsable --comment="$workdir" --chdir="$PWD" --open-mode=append)
 
 if [ -z "$dry_run" ]; then
-  queued=$(squeue --me --noheader --format='%A %k' | awk -v workdir="$workdir" '$2 == workdir { print $1; exit }')
+  queued=$(squeue --me --noheader --format='%A %k' | awk -v workdir="$workdir" '$2 == workdir { print $1; exit }') ||
+    failed "squeue does not tell which jobs there are, so nothing is submitted"
   [ -z "$queued" ] || wrong "job $queued trains into $workdir already; wait for it, or: scancel $queued"
 fi
 # shellcheck source=environment.sh

@@ -61,15 +61,15 @@ def test_wrong_input_is_answered_with_a_line_and_nothing_is_started(cloud, case)
     assert cloud.calls == []
 
 
-@pytest.mark.parametrize("tool", ["gcloud", "sbatch"])
+@pytest.mark.parametrize("tool", ["gcloud", "sbatch", "squeue"])
 def test_a_missing_tool_is_named(cloud, tool):
     for name in ("bash", "dirname", "cmp", "cp", "env"):
         (cloud.path / "few").mkdir(exist_ok=True)
         (cloud.path / "few" / name).symlink_to(shutil.which(name))
-    arguments = {
-        "gcloud": ["tpu", "--name=n", "--zone=z", "--type=v4-8", "--", "--config=c.py"],
-        "sbatch": ["slurm", "--", "--config=c.py", "--workdir=w"],
-    }[tool]
+    if tool == "squeue":
+        (cloud.path / "few" / "sbatch").symlink_to(cloud.path / "bin" / "sbatch")
+    slurm = ["slurm", "--", "--config=c.py", "--workdir=w"]
+    arguments = ["tpu", "--name=n", "--zone=z", "--type=v4-8", "--", "--config=c.py"] if tool == "gcloud" else slurm
     ended = cloud.run(*arguments, PATH=str(cloud.path / "few"))
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"error: {tool} is not on the path")
