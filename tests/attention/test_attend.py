@@ -136,6 +136,28 @@ def test_poison_in_keys_that_nobody_sees_reaches_nobody(attend, poison, head_to_
         assert (np.asarray(gradient)[hidden[..., 0]] == 0).all()
 
 
+# Queries that fill up a tile would see keys beyond the real ones: 101 is no multiple of any tile.
+@pytest.mark.parametrize(
+    ("backend", "rule"),
+    [
+        ("blockwise", Causal()),
+        ("strips", Causal() & SlidingWindow(9)),
+        ("diagonals", Causal() & LogSparse()),
+        ("splash", Causal()),
+        ("rows", Causal()),
+    ],
+)
+def test_poison_in_keys_that_only_filling_queries_see_reaches_nobody(backend, rule):
+    q, k, v, c = arrays(heads=2, groups=2, queries=101, keys=128)
+    hidden = np.arange(128)[:, None, None] > 100
+    function = jax.jit(lambda *x: attention.attend(*x, rule, backend=backend))
+    for x, y in ((jnp.nan, 0.0), (0.0, jnp.nan)):
+        dirty = q, jnp.where(hidden, k + x, k), jnp.where(hidden, v + y, v)
+        np.testing.assert_array_equal(function(*dirty), function(q, k, v))
+        for mine, clean in zip(gradients(function, *dirty, c), gradients(function, q, k, v, c), strict=True):
+            np.testing.assert_array_equal(mine, clean)
+
+
 def test_poison_in_padding_of_a_causal_square_reaches_no_earlier_query(attend):
     q, k, v, _ = arrays(keys=T)
     k, v = k.at[0, 4:].set(jnp.nan), v.at[0, 4:].set(jnp.nan)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from mha_jax.attention.backends.blockwise import by_head, pad
 from mha_jax.attention.backends.call import Call
@@ -80,7 +80,7 @@ def attend(
     block = min(block, -(-queries // 8) * 8)
     length = -(-queries // block) * block
     before, behind = max(0, -int(found.min(initial=0))), max(0, int(found.max(initial=0)) + length - keys)
-    plan = _Plan(tuple(found.tolist()), block, before, keys, dropout_rate)
+    plan = _Plan(tuple(found.tolist()), block, before, queries, keys, dropout_rate)
     words = None if dropout_keys is None else key_words(dropout_keys)
     k, v = (jnp.pad(by_head(x, groups).astype(wide), ((0, 0), (before, behind), (0, 0), (0, 0))) for x in (k, v))
     return _attention(plan, words, pad(q.astype(wide) * scale, length), k, v)[:, :queries].astype(q.dtype)
@@ -88,11 +88,12 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Known before the run: the diagonals, queries at once, the zeros in front of the keys, and how many are real."""
+    """Known before the run: the diagonals, queries at once, the zeros in front of the keys, and the real lengths."""
 
     offsets: tuple[int, ...]
     block: int
     before: int
+    queries: int
     keys: int
     dropout_rate: float
 
@@ -113,11 +114,15 @@ class _Block:
         x, y = (z.reshape(batch * block, heads, width) for z in (x_BtHX, y_BtHX))
         return (x * y).sum(2).reshape(batch, block, heads)
 
+    def visible(self, d: Array) -> Bool[Array, "1 t 1"]:
+        """Where a real query meets a real key."""
+        query = self.t + jnp.arange(self.plan.block)
+        key = query + d
+        return ((query < self.plan.queries) & (key >= 0) & (key < self.plan.keys))[None, :, None]
+
     def logits(self, q_BtHK: Array, k_BSHK: Array, d: Array) -> Float[Array, "B t H"]:
-        key = self.t + jnp.arange(self.plan.block) + d
-        visible = (key >= 0) & (key < self.plan.keys)
         found = self.product(q_BtHK, self.rows(k_BSHK, self.plan.before + d))
-        return jnp.where(visible[None, :, None], found, -jnp.inf)
+        return jnp.where(self.visible(d), found, -jnp.inf)
 
     def kept(self, weights_BtH: Array, d: Array) -> Array:
         """The weights after dropout, unscaled."""
@@ -196,7 +201,8 @@ def _backward(
             dq, dk_BSHK, dv_BSHV = carry
             weights = jnp.exp(block.logits(q, k_BSHK, d) - top)
             dweights = block.kept(block.product(do, block.rows(v_BSHV, plan.before + d)), d) * grow
-            dlogits = (weights * (dweights - inner))[..., None]
+            # Not a product with a weight of 0: a NaN that no query sees must not reach its own gradient.
+            dlogits = jnp.where(block.visible(d), weights * (dweights - inner), 0)[..., None]
             dv = (block.kept(weights, d) * grow)[..., None] * do
             dq = dq + dlogits * block.rows(k_BSHK, plan.before + d)
             return (dq, add(dk_BSHK, dlogits * q, d), add(dv_BSHV, dv, d)), None

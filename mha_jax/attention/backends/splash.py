@@ -157,8 +157,8 @@ def _coverage(
 ) -> tuple[Bool[Array, "#B #H T"], Bool[Array, "#B #H S"]]:
     """Which queries see anything, and which keys are seen by any."""
     if not parts.paddings and not parts.segments:
-        sees, seen = zip(*(mask.coverage() for mask in masks), strict=True)
-        return jnp.asarray(np.stack(sees)[None, :, :queries]), jnp.asarray(np.stack(seen)[None, :, :keys])
+        sees, seen = zip(*(mask.coverage(queries) for mask in masks), strict=True)
+        return jnp.asarray(np.stack(sees)[None]), jnp.asarray(np.stack(seen)[None, :, :keys])
     # The compiler fuses the square into the reductions, so it is never held.
     visible_BHTS = rule.at(None, None, Span(0, queries), Span(0, keys))
     sees_BHT, seen_BHS = visible_BHTS.any(axis=3), visible_BHTS.any(axis=2)

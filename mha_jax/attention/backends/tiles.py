@@ -45,10 +45,13 @@ class TileMask(splash_attention_mask.Mask):
     def __hash__(self) -> int:
         return self._hash
 
-    def coverage(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which queries see any key, and which keys are seen by any query, up to the filled lengths."""
+    def coverage(self, queries: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which queries see any key, and which keys, up to the filled length, are seen by any of these queries."""
         sees_NQ, seen_NK = self.tiles_NQK.max(axis=2), self.tiles_NQK.max(axis=1)
-        return sees_NQ[self.index_RC].any(axis=1).reshape(-1), seen_NK[self.index_RC].any(axis=0).reshape(-1)
+        *whole, last = self.index_RC
+        in_last_NK = self.tiles_NQK[:, : queries - len(whole) * self.block[0]].max(axis=1)
+        seen_CK = np.any([seen_NK[row] for row in whole] + [in_last_NK[last]], axis=0)
+        return sees_NQ[self.index_RC].any(axis=1).reshape(-1)[:queries], seen_CK.reshape(-1)
 
 
 def head_masks(rule: Rule, queries: int, keys: int, block_q: int, block_k: int) -> list[TileMask]:

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from mha_jax.attention.blockmap import EMPTY, FULL, PARTIAL, BlockMap
-from mha_jax.attention.regions import Rectangles, Span
-from mha_jax.attention.rule import Rule
+from mha_jax.attention.regions import Bounds, Rectangles, Span
+from mha_jax.attention.rule import Rule, rule_type
 from mha_jax.attention.target import target
 from mha_jax.attention.visibility import Padding
 from mha_jax.cores import num_cores
@@ -75,6 +75,19 @@ def visits(tiles: BlockMap) -> Visits:
     # The integers of loops: 64 bits wide where JAX is.
     start, middle, end, columns = (jnp.asarray(x, int) for x in (*ends, columns))
     return Visits(start, middle, end, columns, any_full, any_partial)
+
+
+@rule_type("count")
+class _Within(Rule):
+    """t < count: queries that fill up a tile see nothing. Else a key seen by them alone would count as seen."""
+
+    count: int
+
+    def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t 1"]:
+        return (t.index < self.count)[None, None, :, None]
+
+    def bounds(self, where: Rectangles) -> Bounds:
+        return where.bounds(where.first_t < self.count, where.last_t < self.count)
 
 
 def make_plan(
@@ -195,6 +208,8 @@ def _candidate(
     if padded_k > keys:
         rule = rule & Padding(np.array([keys]))
     all_seen = rule.sees_self and queries == keys
+    if padded_q > queries and not all_seen:
+        rule = rule & _Within(queries)
     rule = rule.padded(padded_q, padded_k)
     tiles = BlockMap.of(rule, padded_q, padded_k, block_q, block_k)
     at_once = _heads_at_once(batch, heads, block_q * block_k, per_head=len(tiles.kinds) > 1)
