@@ -6,6 +6,7 @@ peak of a dense matrix product for each model.dtype as JAX computes it by defaul
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import time
@@ -21,6 +22,7 @@ from mha_jax.specs import UserError
 RECORDS = Path(__file__).parents[2] / "docs" / "benchmarks"
 # Of the peak, where no record tells. A guess: large models reach 40 to 70 % of a TPU's or GPU's peak, small ones less.
 ASSUMED = 0.3
+_DTYPES = ("float32", "bfloat16", "float64")
 _FIELDS = ("kinds", "peak_tflops", "memory_gib", "memory_gb_per_second", "source")
 _PROBE_SIZE = 1024
 
@@ -102,16 +104,24 @@ def _measured(device: Device, records: Path) -> tuple[float, str, str] | None:
     """FLOP/s a device in the last record of its kind by file name, the median over its head counts; dtype, and file."""
     found = None
     for path in sorted(records.glob("*.json")):
-        record = json.loads(path.read_text())
-        if not isinstance(record, dict) or record.get("benchmark") != "train_step":
-            continue
-        machine, rows = record["environment"], [row for row in record["rows"] if "step_flops" in row]
-        on_cpu = machine["device"] == "cpu"
-        if machine["device"] in device.kinds and (not on_cpu or machine["processor"] == device.name) and rows:
-            count = machine["cores"] if on_cpu else record["setting"]["devices"] or machine["devices"]
-            rates = [1e3 * row["step_flops"] / row["step_ms"]["mha_jax"]["median"] / count for row in rows]
-            found = statistics.median(rates), record.get("dtype", "float32"), path.name
+        try:
+            reached = _reached(json.loads(path.read_text()), device)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"{path} is no record of a benchmark: {type(error).__name__}: {error}") from None
+        found = (*reached, path.name) if reached else found
     return found
+
+
+def _reached(record: Any, device: Device) -> tuple[float, str] | None:
+    if not isinstance(record, dict) or record.get("benchmark") != "train_step":
+        return None
+    machine, rows = record["environment"], [row for row in record["rows"] if "step_flops" in row]
+    on_cpu = machine["device"] == "cpu"
+    if machine["device"] not in device.kinds or (on_cpu and machine["processor"] != device.name) or not rows:
+        return None
+    count = machine["cores"] if on_cpu else record["setting"]["devices"] or machine["devices"]
+    rates = [1e3 * row["step_flops"] / row["step_ms"]["mha_jax"]["median"] / count for row in rows]
+    return statistics.median(rates), record.get("dtype", "float32")
 
 
 def _tera(flops: Mapping[str, float]) -> str:
@@ -145,10 +155,13 @@ def _device(path: Path, name: str, entry: Mapping[str, Any]) -> Device:
         raise UserError(f"{where}: kinds={kinds!r} must be a list of names, as jax.devices()[0].device_kind gives them")
     if not isinstance(peaks, dict) or "float32" not in peaks:
         raise UserError(f"{where}: peak_tflops={peaks!r} must give TFLOP/s by dtype, at least for float32")
+    unknown = next((dtype for dtype in peaks if dtype not in _DTYPES), None)
+    if unknown is not None:
+        raise UserError(f"{where}: peak_tflops names {unknown!r}, which is no dtype; {_list(_DTYPES)} are")
     numbers = {f"peak_tflops.{dtype}": peak for dtype, peak in peaks.items()}
     numbers |= {field: entry[field] for field in ("memory_gib", "memory_gb_per_second")}
     for field, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
             raise UserError(f"{where}: {field}={number!r} must be a number above 0")
     return Device(
         name,

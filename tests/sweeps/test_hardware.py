@@ -57,6 +57,12 @@ def test_a_file_adds_a_device_and_replaces_one(tmp_path):
         ({"toy": MINE | {"kinds": "Toy 1"}}, "kinds='Toy 1' must be a list"),
         ({"toy": MINE | {"peak_tflops": {"bfloat16": 1}}}, "at least for float32"),
         ({"toy": MINE | {"peak_tflops": {"float32": -1}}}, "peak_tflops.float32=-1 must be a number above 0"),
+        ({"toy": MINE | {"memory_gib": float("inf")}}, "memory_gib=inf must be a number above 0"),
+        (
+            {"toy": MINE | {"peak_tflops": {"float32": float("nan")}}},
+            "peak_tflops.float32=nan must be a number above 0",
+        ),
+        ({"toy": MINE | {"peak_tflops": {"float32": 1, "bfloat61": 1}}}, "'bfloat61', which is no dtype; 'float32'"),
         ({"toy": MINE | {"memory_gib": "16"}}, "memory_gib='16' must be a number above 0"),
     ],
 )
@@ -87,6 +93,13 @@ def test_a_record_of_the_device_tells_what_part_of_the_peak_is_reached(tmp_path)
     speed = hardware.speed(device, tmp_path)
     assert speed.flops_per_second == pytest.approx({"bfloat16": 78e12, "float32": 39e12, "float64": 19.5e12 / 4})
     assert "a.json" in speed.basis and "25%" in speed.basis
+
+
+@pytest.mark.parametrize("content", ["{", {"benchmark": "train_step", "rows": []}])
+def test_a_record_that_cannot_be_read_is_told_in_one_line(tmp_path, content):
+    write(tmp_path / "a.json", content)
+    with pytest.raises(UserError, match=r"a\.json is no record of a benchmark: "):
+        hardware.speed(hardware.table()["v4"], tmp_path)
 
 
 def test_a_record_in_another_type_is_a_part_of_that_types_peak(tmp_path):
