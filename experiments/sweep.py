@@ -111,7 +111,7 @@ def _with_seeds(study: grid.Study, values: flags.FlagValues) -> tuple[grid.Study
     if values.seeds is None:
         return study, []
     given = seeds.parse(values.seeds)
-    there = SweepDirectory(values.workdir).seeds if values.workdir else []
+    there = SweepDirectory(values.workdir).seeds_there(grid.cells(study)) if values.workdir else []
     study = dataclasses.replace(study, config=configs.override(study.config, {"seeds": there[0] if there else given}))
     known = [seed for batch in there for seed in batch] or given
     return study, [seed for seed in given if seed not in known]

@@ -202,8 +202,9 @@ class SweepDirectory:
         directory = cls(path)
         file = directory.path / "sweep.json"
         # Where sweep.json was lost, the runs themselves say which seeds were added.
+        first = tuple(study.config.seeds)  # pyright: ignore[reportArgumentType]
         earlier = directory.seeds[1:] if file.exists() else directory._found_seeds(made)
-        batches = [tuple(study.config.seeds), *earlier]  # pyright: ignore[reportArgumentType]
+        batches = [first, *(batch for batch in earlier if batch != first)]
         new_seeds = tuple(seed for seed in more_seeds if not any(seed in batch for batch in batches))
         batches += [new_seeds] if new_seeds else []
         added = [seeds.with_seeds(made, batch) for batch in batches[1:]]
@@ -256,16 +257,26 @@ class SweepDirectory:
         facts = self.facts
         return [tuple(batch) for batch in facts.get("batches", [facts["base_config"]["seeds"]])]
 
+    def seeds_there(self, made: Sequence[grid.Cell]) -> list[tuple[int, ...]]:
+        """`seeds`, from the runs where sweep.json is lost or damaged."""
+        try:
+            return self.seeds or (self._found_seeds(made) if self.in_use else [])
+        except UserError:
+            return self._found_seeds(made)
+
     def _found_seeds(self, made: Sequence[grid.Cell]) -> list[tuple[int, ...]]:
-        """The seeds that were added, from runs that differ from the first legal cell by theirs only."""
+        """The seeds of runs that differ from the first legal cell by theirs at most; those that were added come last.
+
+        The name of a run says whether its seeds were added.
+        """
         first = next(cell.config for cell in made if cell.reason is None)
         found = []
         for file in (self.path / "runs").glob("*/config.json"):
             with contextlib.suppress(UserError):  # a damaged config.json tells no seeds
                 config = read_json(file)
-                if [change.split(":")[0] for change in configs.diff(first, config)] == ["seeds"]:
-                    found.append(tuple(config["seeds"]))
-        return sorted(found)
+                if {change.split(":")[0] for change in configs.diff(first, config)} <= {"seeds"}:
+                    found.append(("seeds=" in file.parent.name, tuple(config["seeds"])))
+        return [batch for _, batch in sorted(found)]
 
     @property
     def runs(self) -> list[RunDirectory]:

@@ -97,6 +97,16 @@ def test_runs_tell_the_seeds_where_sweep_json_was_lost(config_file, begun):
     assert [run.run_id for run in make(config_file, begun.path).runs] == ids
 
 
+def test_seeds_can_be_added_where_sweep_json_is_damaged_or_lost(config_file, begun):
+    make(config_file, begun.path, more=(2, 3))
+    # The config may say other seeds by now: those that the sweep began with are the ones of its runs.
+    cells = grid.cells(grid.load(config_file, {"seeds": (5,)}))
+    (begun.path / "sweep.json").write_text("{")
+    assert SweepDirectory(begun.path).seeds_there(cells) == [(0, 1), (2, 3)]
+    (begun.path / "sweep.json").unlink()
+    assert SweepDirectory(begun.path).seeds_there(cells) == [(0, 1), (2, 3)]
+
+
 def test_a_config_with_more_seeds_is_pointed_to_the_flag(config_file, begun):
     before = (begun.path / "sweep.json").read_text()
     with pytest.raises(UserError, match=r"holds this sweep with seeds 0,1, .* add others, give --seeds=2\.\.4$"):
