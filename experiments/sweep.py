@@ -59,6 +59,10 @@ def main(argv: list[str]) -> int:
         return together.follow(values)
     if values.cells is not None:
         return elsewhere.train_part(values, lambda runs: _run_local(runs, values, preparation.devices()))
+    return together.lead(lambda: _sweep(values)) if hosts.several() else _sweep(values)
+
+
+def _sweep(values: flags.FlagValues) -> int:
     study, more_seeds = _with_seeds(cli.study(values), values)
     devices = planning.devices(values) if elsewhere.trained_here(values) or values.dry_run else {}
     cells = grid.cells(study, devices.get("count"))

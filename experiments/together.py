@@ -1,6 +1,6 @@
 """Sweeps whose every cell is trained by several processes: the drivers of all walk the cells in the same order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -25,6 +25,15 @@ def check(values: flags.FlagValues) -> None:
         raise UserError(f"--{name} is for one process; leave --num_processes out")
     if values.workers not in (None, 1):
         raise UserError(f"--workers={values.workers}: several processes train one cell at a time")
+
+
+def lead(sweep: Callable[[], int]) -> int:
+    """What the first driver does: a mistake that it finds while it prepares the sweep is told to the others."""
+    try:
+        return sweep()
+    except UserError as error:
+        preparation.refuse(str(error))
+        raise
 
 
 def follow(values: flags.FlagValues) -> Exit:

@@ -20,6 +20,7 @@ from mha_jax.training.watchdog import Watchdog
 
 _VARIABLE = "MHA_JAX_GROUP"
 _STOPPED = 75  # the scripts' exit code
+_LONGEST_LINE = 2000  # bytes
 _GRACE_SECONDS = 300.0  # to meet the others in, where the watchdog is off
 
 
@@ -200,6 +201,17 @@ def from_first(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def line_from_first(mine: str) -> str:
+    """Process 0's line, on every process; what the others give is not looked at."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = np.zeros(_LONGEST_LINE, np.uint8)
+    told = mine.encode()[:_LONGEST_LINE]
+    text[: len(told)] = list(told)
+    return np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def on_host(tree: Any) -> Any:
