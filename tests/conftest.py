@@ -13,8 +13,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older emitters compile them in half the time. A flag that XLA does not know ends the process: these are 0.10's,
 # and libtpu, which reads the same flags, has its own version.
-_all_know = version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None
-if _all_know and "xla_cpu" not in os.environ["XLA_FLAGS"]:
+if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None and "xla_cpu" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 # One file's small programs are another's too, and those of processes that tests start: a session compiles them once.
