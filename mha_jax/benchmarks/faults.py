@@ -25,11 +25,11 @@ from mha_jax.training.metrics import read_metrics
 DRIVER, CELL, ALL = "kill -9 of the driver", "kill -9 of a cell's process", "SIGTERM to all"
 TIMINGS = (*MEDIANS, *LARGEST, "predicted_peak_bytes")  # the last is of a program, which other cells may share
 _ENDINGS = (0, 1, 75)  # done; a cell was killed twice in one sitting; stopped with its state saved
+_ROOT = Path(__file__).parents[2]
 _PATIENCE_SECONDS = 1800.0  # with a driver that hangs
 
 CONFIG = """
 from configs import default
-
 
 def get_config(profile=""):
     config = default.get_config("smoke")
@@ -40,7 +40,6 @@ def get_config(profile=""):
     config.data.files.train = {text!r}
     config.training.update(steps={steps}, checkpoint_every={checkpoint_every}, eval_every={eval_every}, log_every=5)
     return config
-
 
 def get_sweep(profile=""):
     for num_heads in (2, 8):
@@ -85,9 +84,7 @@ class Sweep:
         self.starts += 1
         command = [sys.executable, "-m", "experiments.sweep", f"--config={self.config}", f"--workdir={self.workdir}"]
         with self.log.open("ab") as log:
-            self.driver = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=Path(__file__).parents[2]
-            )
+            self.driver = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=_ROOT)
 
     @property
     def log(self) -> Path:
@@ -153,10 +150,8 @@ def measure(setting: Setting) -> dict[str, Any]:
     kills = campaign(struck, setting)
     seconds = {"undisturbed": calm_seconds, "under fire": time.perf_counter() - start - calm_seconds}
     values, differences = compare(calm, struck)
-    rows = [
-        {"run": run.run_id, "state": run.state, "attempts": run.status["attempts"]}
-        for run in SweepDirectory(struck.workdir).runs
-    ]
+    runs = SweepDirectory(struck.workdir).runs
+    rows = [{"run": run.run_id, "state": run.state, "attempts": run.status["attempts"]} for run in runs]
     if any(differences.values()):
         print(f"the sweeps differ and are kept: {place}", file=sys.stderr)
     else:
@@ -207,7 +202,7 @@ def _await_training(sweep: Sweep) -> None:
     first: dict[int, list[int]] = {}
     while sweep.ended() is None and time.monotonic() < end:
         for pid, runs in sweep.processes().items():
-            steps = [run.status.get("step", 0) for run in runs if run.state == "running"]
+            steps = [run.step for run in runs if run.state == "running"]
             if steps and first.setdefault(pid, steps) != steps:
                 return
         time.sleep(0.05)
@@ -244,7 +239,7 @@ def _lost(runs: list[RunDirectory]) -> dict[str, Any]:
     """
     going = [run for run in runs if run.state != "done"]
     saved = min((_saved(run) for run in going), default=0)
-    return {"steps_lost": max((run.status.get("step", 0) - saved for run in going), default=0)}
+    return {"steps_lost": max((run.step - saved for run in going), default=0)}
 
 
 def _saved(run: RunDirectory) -> int:

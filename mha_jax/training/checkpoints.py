@@ -102,10 +102,6 @@ class Checkpoints:
         """The sealed steps, rising; those found damaged by `restore` left out."""
         return sorted(self._manifests())
 
-    def best_step(self) -> int | None:
-        """The step with the best metric, the earliest of equals; None where no step has one."""
-        return _best(self._manifests(), self._metric_mode)
-
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
         """The newest good step, or the given one; None where there is none.
 
