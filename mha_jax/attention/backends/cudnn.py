@@ -60,6 +60,9 @@ def translate(rule: Rule, queries: int, keys: int) -> Arguments | str:
 
 def refusal(call: Call) -> str | None:
     """Why cuDNN cannot serve a call, and what would do; None where it can."""
+    # First: what would do instead of it on a GPU would not do elsewhere.
+    if (reason := _device_refusal()) is not None:
+        return reason
     if 0 in (call.batch, call.queries, call.keys, call.heads):
         return "it does nothing for empty arrays; backend='einsum' would do"
     if call.dtype not in (jnp.bfloat16, jnp.float16):
@@ -74,7 +77,7 @@ def refusal(call: Call) -> str | None:
     if call.dropout_rate > 0:
         return "it has no dropout of ours; dropout_rate=0 or backend='pallas' would do"
     found = translate(call.rule, call.queries, call.keys)
-    return found if isinstance(found, str) else _device_refusal(call.qk_dim)
+    return found if isinstance(found, str) else _width_refusal(call.qk_dim)
 
 
 def attend(
@@ -137,16 +140,25 @@ def _zero_without_keys(q_BTHK: Array, lengths: Int32[Array, "b"]) -> Array:
     return jnp.where((lengths > 0)[:, None, None, None], q_BTHK, 0)
 
 
-def _device_refusal(width: int) -> str | None:
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"it runs on GPU, and this is {device.platform}; backend='blockwise' would do"
-    capability = str(getattr(device, "compute_capability", ""))
+def _widest() -> tuple[int, str]:
+    """The widest head that kernels for this GPU take, 0 where there are none, and its compute capability."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     parts = capability.split(".")
     version = tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else (0, 0)
-    widest = max((most for least, most in _WIDEST.items() if version >= least), default=0)
+    return max((most for least, most in _WIDEST.items() if version >= least), default=0), capability
+
+
+def _device_refusal() -> str | None:
+    platform, (widest, capability) = jax.devices()[0].platform, _widest()
+    if platform != "gpu":
+        return f"it runs on GPU, and this is {platform}; backend='blockwise' would do"
     if not widest:
         return f"it needs an NVIDIA GPU of compute capability 8.0, not {capability!r}; backend='blockwise' would do"
+    return None
+
+
+def _width_refusal(width: int) -> str | None:
+    widest, capability = _widest()
     if width > widest:
         return (
             f"qk_dim=v_dim={width} is above {widest}, the most at compute capability {capability}; "

@@ -20,7 +20,8 @@ CALL = Call(B, T, T, H, GROUPS, G, K, K, jnp.dtype(jnp.bfloat16), Causal(), 0.0)
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(cudnn, "_device_refusal", lambda width: None)
+    monkeypatch.setattr(cudnn, "_device_refusal", lambda: None)
+    monkeypatch.setattr(cudnn, "_widest", lambda: (256, "9.0"))
 
 
 def results(backend, rule, keys, scale=0.7, poison=False, **options):
@@ -110,8 +111,9 @@ def test_what_it_cannot_do_is_refused_with_the_reason(on_gpu, change, reason):
     assert re.search(reason, cudnn.refusal(dataclasses.replace(CALL, **change)) or "")
 
 
-def test_other_platforms_are_refused():
-    assert "runs on GPU, and this is cpu" in (cudnn.refusal(CALL) or "")
+def test_other_platforms_are_refused_before_anything_that_only_another_gpu_kernel_would_serve():
+    for call in (CALL, dataclasses.replace(CALL, dtype=jnp.dtype(jnp.float32))):
+        assert "runs on GPU, and this is cpu; backend='blockwise' would do" in (cudnn.refusal(call) or "")
 
 
 @pytest.mark.parametrize(
