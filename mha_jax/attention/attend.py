@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from mha_jax.attention.backends import blockwise, cudnn, diagonals, einsum, pall
 from mha_jax.attention.backends.call import Call
 from mha_jax.attention.dropout import keys_per_example
 from mha_jax.attention.regions import Span
+from mha_jax.attention.rule import check_rule
 from mha_jax.attention.target import target
-from mha_jax.attention.visibility import Full, Rule
-from mha_jax.specs import HeadShape, UserError
+from mha_jax.attention.visibility import Full, PerHead, Rule
+from mha_jax.specs import HeadShape, UserError, checks
 
 BACKENDS = {
     "einsum": einsum,
@@ -69,11 +71,11 @@ def attend(
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     call = check_call(q, k, v, visibility, head_to_group, dropout_rate)
-    if dropout_rate > 0 and dropout_key is None:
+    if call.dropout_rate > 0 and dropout_key is None:
         raise UserError(f"dropout_rate={dropout_rate!r} needs a dropout_key")
     dropout_keys = keys_per_example(dropout_key, call.batch) if dropout_rate > 0 and dropout_key is not None else None
     chosen = choose_backend(backend, call)
-    _note(call, chosen)
+    note_backend(call, chosen)
     o = BACKENDS[chosen.name].attend(
         q,
         k,
@@ -104,8 +106,7 @@ def check_call(
     (batch, queries, heads, qk_dim), (keys, num_groups) = q.shape, k.shape[1:3]
     groups = _groups(heads, num_groups, head_to_group)
     _check_rule(visibility, batch, heads, queries, keys)
-    if not 0 <= dropout_rate < 1:
-        raise UserError(f"dropout_rate={dropout_rate!r} must be at least 0 and below 1")
+    checks.rate("dropout_rate", dropout_rate)
     rate = float(dropout_rate)
     sizes = (batch, queries, keys, heads, groups, num_groups, qk_dim, v.shape[3])
     return Call(*sizes, q.dtype, visibility, rate, _partitioned.get())
@@ -182,7 +183,8 @@ def noting_backends() -> Iterator[list[str]]:
         _notes.reset(token)
 
 
-def _note(call: Call, chosen: Choice) -> None:
+def note_backend(call: Call, chosen: Choice) -> None:
+    """Adds a call's line to those that `noting_backends` collects."""
     lines = _notes.get()
     if lines is None:
         return
@@ -191,6 +193,11 @@ def _note(call: Call, chosen: Choice) -> None:
     line = f"T={call.queries} S={call.keys} {heads} {call.dtype}: {chosen.name}{refusals}"
     if line not in lines:
         lines.append(line)
+
+
+def fell_back(line: str) -> bool:
+    """Whether a line of `noting_backends` names a backend that would have come first, and refused."""
+    return "; " in line
 
 
 def broadcast_gate(gate: Array, batch: int, queries: int, heads: int) -> Float[Array, "b t H"]:
@@ -221,19 +228,33 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{size} in {name}" for name, size in sizes.items())
             raise UserError(f"{letter} differs: {told}; q is [B, T, H, K], k [B, S, G, K], v [B, S, G, V]")
+    if not q.shape[3]:
+        raise UserError("K=0 in q and k; a head needs a width of at least 1")
 
 
 def _groups(heads: int, num_groups: int, head_to_group: tuple[int, ...] | None) -> tuple[int, ...]:
-    chosen = None if head_to_group is None else tuple(int(g) for g in head_to_group)
+    chosen = head_to_group
+    if chosen is not None:
+        # Numbers of NumPy become ints; the check of what else there may be is HeadShape's.
+        chosen = tuple(operator.index(g) if hasattr(g, "__index__") else g for g in chosen)
     # Both widths are given, so d_model plays no part.
     return HeadShape.resolve(1, heads, num_groups, 1, 1, chosen).groups
 
 
 def _check_rule(rule: Rule, batch: int, heads: int, queries: int, keys: int) -> None:
-    if not isinstance(rule, Rule):
-        raise UserError(f"visibility={rule!r} is not a rule; an array goes in as Dense(array)")
-    rule.check(queries, keys)
+    check_rule("visibility", rule).check(queries, keys)
+    for given in _heads_listed(rule):
+        # The shape below does not tell: one rule would broadcast to all heads.
+        if given != heads:
+            raise UserError(f"visibility is for H={given}; q has H={heads}")
     shape = jax.eval_shape(lambda: rule.at(None, None, Span(0, queries), Span(0, keys))).shape
     for letter, size, given in (("B", batch, shape[0]), ("H", heads, shape[1])):
         if given not in (1, size):
             raise UserError(f"visibility is for {letter}={given}; q has {letter}={size}")
+
+
+def _heads_listed(rule: Rule) -> list[int]:
+    """The number of rules in each PerHead that this one is made of."""
+    if isinstance(rule, PerHead):
+        return [len(rule.rules)]
+    return [heads for part in rule.parts for heads in _heads_listed(part)]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mha_jax.attention.regions import Rectangles, Span
-from mha_jax.attention.rule import Rule
+from mha_jax.attention.rule import Rule, integer
+from mha_jax.specs import UserError
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -88,9 +89,13 @@ def describe(rule: Rule, length: int, block: int = 128, width: int = 32) -> Desc
     """What a rule shows of a length x length square, and what a kernel with such tiles pays for it.
 
     Args: width: columns of the picture at most.
+    Raises: UserError for a length or a block below 1, and for a rule that is not for this length, or for no head.
     """
+    length, block = integer("length", length, least=1), integer("block", block, least=1)
     rule.check(length, length)
     tiles = BlockMap.of(rule, length, length, block, block)
+    if not len(tiles.kinds):
+        raise UserError(f"{rule!r} has no head to describe; PerHead takes one rule a head")
     drawn = max(block, -(-length // width))
     picture = BlockMap.of(rule, length, length, drawn, drawn).kinds[0]
     return Description(

@@ -16,8 +16,9 @@ def keys_per_example(key: Key[Array, "..."], batch: int) -> Key[Array, "B"]:
 
     Raises: UserError for a key that is not a typed one (jax.random.key), or keys that are not B.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise UserError(f"dropout_key is an array of {key.dtype}; use a typed key, jax.random.key(seed)")
+    if not jnp.issubdtype(getattr(key, "dtype", type(key)), jax.dtypes.prng_key):
+        told = f" is an array of {key.dtype}" if hasattr(key, "dtype") else f"={key!r} is no key"
+        raise UserError(f"dropout_key{told}; use a typed key, jax.random.key(seed)")
     if key.shape == ():
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):

@@ -21,7 +21,7 @@ from mha_jax.attention.rotary import rotate
 from mha_jax.attention.routing import Router, note_routes
 from mha_jax.attention.span import AdaptiveSpan
 from mha_jax.attention.visibility import Full, Rule
-from mha_jax.specs import HeadShape, RoutingSpec, SpanSpec, UserError
+from mha_jax.specs import HeadShape, RoutingSpec, SpanSpec, UserError, checks
 
 _ROUTER = 2**31 - 1  # no number of heads: `_kernel` folds those into the same key
 
@@ -84,7 +84,7 @@ class MultiHeadAttention(nnx.Module):
       init: "independent": each kernel Glorot-uniform, with H * width as fan. "shared": each kernel is cut out of one
         Glorot-uniform [D, D] draw, so that one seed starts from the same matrices whatever the number of heads.
       dtype: of the computation; default: what x and the parameters promote to.
-    Raises: UserError for heads and widths that do not fit.
+    Raises: UserError for heads and widths that do not fit, and for options that mean nothing.
     """
 
     def __init__(
@@ -113,7 +113,12 @@ class MultiHeadAttention(nnx.Module):
         memory_dim = d_model if memory_dim is None else memory_dim
         if rope and shape.num_heads and shape.qk_dim % 2:
             raise UserError(f"rope=True turns pairs of features: qk_dim={shape.qk_dim} must be even")
+        if not rope_base > 0:
+            raise UserError(f"rope_base={rope_base!r} must be positive")
+        checks.rate("dropout_rate", dropout_rate)
+        checks.choice("init", init, ("independent", "shared"))
         check_backend(backend)
+        adaptive_span.check_backend(backend)
         self.d_model, self.memory_dim, self.shape = d_model, memory_dim, shape
         self.dropout_rate, self.rope, self.rope_base, self.backend = dropout_rate, rope, rope_base, backend
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from mha_jax.attention.regions import Bounds, Rectangles, Span, multiple_within
-from mha_jax.attention.rule import Rule, integer, places, rule_type
+from mha_jax.attention.rule import Rule, integer_field, places, rule_type
 from mha_jax.attention.visibility import Causal, Global, Padding, SlidingWindow
 from mha_jax.specs import UserError
 
@@ -23,7 +23,7 @@ class BlockDiagonal(Rule):
     block: int
 
     def __post_init__(self) -> None:
-        integer("BlockDiagonal block", self.block, least=1)
+        integer_field(self, "block", least=1)
 
     def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t s"]:
         query, key = places(t, s)
@@ -47,7 +47,7 @@ class EveryNth(Rule):
     stride: int
 
     def __post_init__(self) -> None:
-        integer("EveryNth stride", self.stride, least=1)
+        integer_field(self, "stride", least=1)
 
     def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t s"]:
         query, key = places(t, s)
@@ -75,8 +75,8 @@ class Summary(Rule):
     count: int
 
     def __post_init__(self) -> None:
-        integer("Summary block", self.block, least=1)
-        integer("Summary count", self.count, least=1)
+        integer_field(self, "block", least=1)
+        integer_field(self, "count", least=1)
         if self.count > self.block:
             raise UserError(
                 f"Summary count={self.count} is more than a block of {self.block} has; 1 to {self.block} fit"
@@ -133,9 +133,10 @@ class RandomBlocks(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        integer("RandomBlocks block", self.block, least=1)
-        integer("RandomBlocks length", self.length, least=1)
-        integer("RandomBlocks count", self.count, least=0)
+        integer_field(self, "block", least=1)
+        integer_field(self, "length", least=1)
+        integer_field(self, "count", least=0)
+        integer_field(self, "seed", least=0, most=2**64 - 1)
         if self.count > self.num_blocks:
             raise UserError(
                 f"RandomBlocks count={self.count} is more than the {self.num_blocks} blocks of length={self.length}"

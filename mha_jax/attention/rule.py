@@ -7,6 +7,8 @@ nothing else, so they know no pattern by name.
 """
 
 import dataclasses
+import operator
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -73,10 +75,10 @@ class Rule:
         return False
 
     def __and__(self, other: "Rule") -> "Rule":
-        return And(self, other)
+        return And(self, check_rule("what & joins", other))
 
     def __or__(self, other: "Rule") -> "Rule":
-        return Or(self, other)
+        return Or(self, check_rule("what | joins", other))
 
     def __invert__(self) -> "Rule":
         return Not(self)
@@ -93,11 +95,33 @@ def rule_type(*static: str) -> Any:
     return decorate
 
 
-def integer(name: str, value: Any, least: int | None = None) -> None:
-    """Raises UserError for what is no integer, or one below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        wanted = "an integer" if least is None else f"an integer of at least {least}"
-        raise UserError(f"{name}={value!r} must be {wanted}")
+def check_rule(name: str, value: Any) -> Rule:
+    """The value. Raises: UserError for what is no rule."""
+    if not isinstance(value, Rule):
+        told = " ".join(reprlib.repr(value).split())
+        raise UserError(f"{name}={told} is not a rule; an array goes in as Dense(array)")
+    return value
+
+
+# Positions are in int32, and so is what rules add to them.
+FARTHEST = 2**30
+
+
+def integer(name: str, value: Any, least: int = -FARTHEST, most: int = FARTHEST) -> int:
+    """The value as an int. Raises: UserError for what is no integer, or one out of these bounds."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        raise UserError(f"{name}={value!r} must be an integer of at least {least} and at most {most}")
+    return number
+
+
+def integer_field(rule: Rule, field: str, least: int = -FARTHEST, most: int = FARTHEST) -> None:
+    """Makes a field of a rule an int, with the checks of `integer`."""
+    number = integer(f"{type(rule).__name__} {field}", getattr(rule, field), least, most)
+    object.__setattr__(rule, field, number)
 
 
 def places(t: Span, s: Span) -> tuple[Array, Array]:
@@ -112,6 +136,8 @@ class PerHead(Rule):
     rules: tuple[Any, ...]
 
     def __init__(self, *rules: Any) -> None:
+        for head, rule in enumerate(rules):
+            check_rule(f"PerHead rule {head}", rule)
         object.__setattr__(self, "rules", rules)
 
     @property
@@ -146,7 +172,14 @@ class PerHead(Rule):
         return all(rule.sees_self for rule in self.rules)
 
 
-jax.tree_util.register_pytree_node(PerHead, lambda rule: (rule.rules, None), lambda _, rules: PerHead(*rules))
+def _per_head(_: None, rules: Any) -> PerHead:
+    """Unchecked: JAX also puts what stands for rules in their place."""
+    made = object.__new__(PerHead)
+    object.__setattr__(made, "rules", tuple(rules))
+    return made
+
+
+jax.tree_util.register_pytree_node(PerHead, lambda rule: (rule.rules, None), _per_head)
 
 
 class _Pair(Rule):

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mha_jax.attention.attend import check_call
+from mha_jax.attention.attend import Choice, check_call, note_backend
 from mha_jax.attention.backends import einsum
 from mha_jax.attention.dropout import keys_per_example
 from mha_jax.attention.rule import PerHead, Rule
@@ -54,7 +54,8 @@ class AdaptiveSpan(nnx.Module):
         groups: tuple[int, ...],
     ) -> Float[Array, "B T H V"]:
         """Attention within the spans, over the whole square at once; queries are at first_query and on."""
-        check_call(q, k, v, visibility, groups, dropout_rate)
+        call = check_call(q, k, v, visibility, groups, dropout_rate)
+        note_backend(call, Choice("einsum (adaptive span)", {}))
         factor_HTS = self.mask(first_query + jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))
         return einsum.attend(
             q,

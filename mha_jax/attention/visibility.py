@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from mha_jax.attention.regions import Bounds, Rectangles, Span, multiple_within
-from mha_jax.attention.rule import And, Not, Or, PerHead, Rule, integer, places, rule_type
+from mha_jax.attention.rule import FARTHEST, And, Not, Or, PerHead, Rule, integer_field, places, rule_type
 from mha_jax.specs import UserError
 
 __all__ = [
@@ -42,7 +42,7 @@ class Causal(Rule):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        integer("Causal offset", self.offset)
+        integer_field(self, "offset")
 
     def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t s"]:
         query, key = places(t, s)
@@ -73,12 +73,12 @@ class SlidingWindow(Rule):
     dilation: int = 1
 
     def __post_init__(self) -> None:
-        integer("SlidingWindow window", self.window, least=1)
-        integer("SlidingWindow dilation", self.dilation, least=1)
+        integer_field(self, "window", least=1)
+        integer_field(self, "dilation", least=1)
 
     def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t s"]:
         query, key = places(t, s)
-        near = abs(query - key) < self.window * self.dilation
+        near = abs(query - key) < min(self.window * self.dilation, FARTHEST)
         return near if self.dilation == 1 else near & ((query - key) % self.dilation == 0)
 
     def bounds(self, where: Rectangles) -> Bounds:
@@ -104,7 +104,7 @@ class Global(Rule):
     count: int
 
     def __post_init__(self) -> None:
-        integer("Global count", self.count, least=0)
+        integer_field(self, "count", least=0)
 
     def at(self, b: Span | None, h: Span | None, t: Span, s: Span) -> Bool[Array, "1 1 t s"]:
         query, key = places(t, s)
@@ -174,7 +174,7 @@ class Dense(Rule):
     array: Any
 
     def _mask(self) -> Array:
-        array = jnp.asarray(self.array)
+        array = _array("Dense mask", self.array)
         if array.dtype != bool:
             raise UserError(f"Dense mask is of {array.dtype}; it must be boolean, True where a key is visible")
         return array.reshape((1,) * (4 - array.ndim) + array.shape)
@@ -233,8 +233,15 @@ def _lengthen(array: Array, axis: int, length: int) -> Array:
     return jnp.pad(array, widths)
 
 
+def _array(name: str, value: Any) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name}={value!r} is not an array") from None
+
+
 def _integers(name: str, value: Any, letters: str, ndim: int) -> Array:
-    array = jnp.asarray(value)
+    array = _array(name, value)
     if array.ndim != ndim or not jnp.issubdtype(array.dtype, jnp.integer):
         raise UserError(f"{name} is of {array.dtype} and shape {array.shape}; it must be integers {letters}")
     return array

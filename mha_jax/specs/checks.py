@@ -1,5 +1,6 @@
 """Faults of what the user gave: one error type, one wording."""
 
+import numbers
 from typing import Any
 
 
@@ -19,7 +20,7 @@ def at_least(field: str, value: Any, least: int | float, kinds: tuple[type, ...]
 
 
 def rate(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise UserError(f"{field}={value!r} must be at least 0 and below 1")
 
 

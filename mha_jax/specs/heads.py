@@ -59,6 +59,8 @@ class HeadShape:
             raise UserError(
                 f"head_to_group has {len(self.head_to_group)} entries; num_heads={self.num_heads} needs one a head"
             )
+        if any(type(g) is not int for g in self.head_to_group):
+            raise UserError(f"head_to_group={self.head_to_group!r} must be integers, the number of a group a head")
         outside = [g for g in self.head_to_group if not 0 <= g < self.num_kv_heads]
         if outside:
             raise UserError(

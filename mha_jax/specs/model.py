@@ -12,6 +12,10 @@ HeadCount = int | tuple[int, ...] | Mapping[str, Any]
 HeadMap = tuple[int, ...] | tuple[tuple[int, ...] | None, ...] | Mapping[str, Any]
 
 
+# By name, so that a wrong one is found without JAX; `mha_jax.attention.BACKENDS` has what they stand for.
+BACKENDS = ("auto", "einsum", "blockwise", "diagonals", "strips", "cudnn", "pallas", "rows", "splash")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """A stack of Transformer blocks.
@@ -82,6 +86,8 @@ class ModelSpec:
         choice("model.match", self.match, ("none", "params", "flops"))
         choice("model.init", self.init, ("independent", "shared"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        choice("model.backend", self.backend, BACKENDS)
+        self.adaptive_span.check_backend(self.backend)
         choice("model.layers", self.layers, ("unrolled", "scan"))
         choice("model.remat", self.remat, ("none", "attention", "dots", "block"))
         for field in ("rope_base", "norm_epsilon"):

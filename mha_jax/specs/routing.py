@@ -88,3 +88,11 @@ class SpanSpec:
         at_least("model.adaptive_span.weight", self.weight, 0, (int, float))
         if not 0 <= self.init <= 1:
             raise UserError(f"model.adaptive_span.init={self.init!r} must be between 0 and 1, a share of max_span")
+
+    def check_backend(self, name: str) -> None:
+        """Raises UserError for a backend of attention that has no spans."""
+        if self.max_span is not None and name not in ("auto", "einsum"):
+            raise UserError(
+                f"model.backend={name!r} has no adaptive spans (model.adaptive_span.max_span={self.max_span}); "
+                "'auto' or 'einsum' would do"
+            )

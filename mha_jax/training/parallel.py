@@ -7,6 +7,7 @@ host batches [R, B, ...] and never sees a sharding. Over several processes each 
 
 import functools
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mha_jax.attention.attend import noting_backends, partitioned
+from mha_jax.attention.attend import fell_back, noting_backends, partitioned
 from mha_jax.data import Share, batch_shapes
 from mha_jax.models.losses import Batch
 from mha_jax.specs import RunSpec, UserError
@@ -156,11 +157,17 @@ class JitProgram:
             with partitioned(self._splits(name)), noting_backends() as notes:
                 compiled = self._compiled[key] = function.lower(*args).compile(options)
             hosts.beat()
-            self.attention += [note for note in notes if note not in self.attention]
+            self._record([note for note in notes if note not in self.attention])
             self.compile_seconds += time.perf_counter() - start
             if name == "step":
                 self.predicted_peak_bytes = max(peak_bytes(compiled) or 0, self.predicted_peak_bytes or 0) or None
         return self._compiled[key]
+
+    def _record(self, attention: list[str]) -> None:
+        """What attention runs on; said at once where it is not on what would be quickest."""
+        self.attention += attention
+        for line in filter(fell_back, attention if hosts.first() else []):
+            print(f"note: attention {line}", file=sys.stderr, flush=True)
 
 
 class PmapProgram(JitProgram):

@@ -9,9 +9,10 @@ import pytest
 
 from mha_jax import attention
 from mha_jax.attention import BACKENDS, Causal, Dense, Full, LogSparse, Padding, PerHead, SlidingWindow, noting_backends
-from mha_jax.attention.attend import _PREFERRED, choose_backend
+from mha_jax.attention.attend import _PREFERRED, choose_backend, fell_back
 from mha_jax.attention.backends.call import Call
 from mha_jax.specs import UserError
+from mha_jax.specs.model import BACKENDS as NAMES
 
 B, T, S, K, V = 2, 7, 5, 3, 11
 # Compiled whole: op by op, each small test would wait for dozens of compilations.
@@ -229,17 +230,20 @@ def test_square_is_not_transposed_nor_divided():
     [
         ({"q": (B, T, 6)}, r"q has shape \(2, 7, 6\); it must be \[B, T, H, K\]"),
         ({"k": (3, S, 3, K)}, "B differs: 2 in q, 3 in k, 2 in v"),
+        ({"q": (B, T, 6, 0), "k": (B, S, 3, 0)}, "K=0 in q and k; a head needs a width of at least 1"),
         ({"k": (B, S, 3, 4)}, "K differs: 3 in q, 4 in k"),
         ({"v": (B, 4, 3, V)}, "S differs: 5 in k, 4 in v"),
         ({"v": (B, S, 2, V)}, "G differs: 3 in k, 2 in v"),
         ({"k": (B, S, 4, K), "v": (B, S, 4, V)}, "num_heads=6 is not a multiple of num_kv_heads=4; 1, 2, 3 and 6 fit"),
         ({"head_to_group": (0, 1, 2)}, "head_to_group has 3 entries; num_heads=6"),
         ({"head_to_group": (0, 1, 2, 3, 0, 0)}, "head_to_group names group 3"),
+        ({"head_to_group": (0, 0.9, 1, 1, 2, 2)}, r"head_to_group=\(0, 0.9, 1, 1, 2, 2\) must be integers"),
         ({"gate": jnp.ones((T, 6))}, r"gate has shape \(7, 6\); \[H=6\]"),
         ({"dropout_rate": 0.1}, "dropout_rate=0.1 needs a dropout_key"),
         ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and below 1"),
         ({"backend": "fast"}, "backend='fast' is not one of 'auto', 'einsum', "),
         ({"visibility": PerHead(Full(), Full())}, "visibility is for H=2; q has H=6"),
+        ({"visibility": Causal() & PerHead(Full())}, "visibility is for H=1; q has H=6"),
         ({"visibility": Padding(jnp.ones(3, int))}, "visibility is for B=3; q has B=2"),
     ],
 )
@@ -285,6 +289,7 @@ def test_auto_says_who_refused_and_why(monkeypatch):
         for _ in range(2):
             attention.attend(x, x, x)
     assert notes == ["T=1031 S=1031 H=2 G=2 K=3 V=3 float32: blockwise; picky: K=3 is odd; even K would do"]
+    assert fell_back(notes[0])
 
 
 def test_backend_that_is_named_and_refuses_is_an_error_with_the_reason(monkeypatch):
@@ -292,6 +297,10 @@ def test_backend_that_is_named_and_refuses_is_an_error_with_the_reason(monkeypat
     x = jnp.ones((1, 5, 2, 3))
     with pytest.raises(UserError, match="backend='picky' cannot serve this attention: K=3 is odd; even K would do"):
         attention.attend(x, x, x, backend="picky")
+
+
+def test_a_config_names_the_backends_that_there_are():
+    assert ("auto", *BACKENDS) == NAMES
 
 
 def test_memory_of_blockwise_grows_with_the_length_and_not_with_its_square():

@@ -113,5 +113,7 @@ def test_keys_given_one_an_example_are_used_as_they_are():
 def test_wrong_keys_are_refused():
     with pytest.raises(UserError, match=r"typed key, jax.random.key\(seed\)"):
         keys_per_example.__wrapped__(jax.random.PRNGKey(0), 2)
+    with pytest.raises(UserError, match="dropout_key=0 is no key; use a typed key"):
+        keys_per_example.__wrapped__(0, 2)
     with pytest.raises(UserError, match=r"shape \(3,\); one key, or B=2 keys"):
         keys_per_example(jax.random.split(jax.random.key(0), 3), 2)

@@ -216,6 +216,8 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
         (lambda: layer(6, 4), "num_heads=6 is not a multiple of num_kv_heads=4"),
         (lambda: layer(rope=True, qk_dim=3), "qk_dim=3 must be even"),
         (lambda: layer(backend="fast"), "backend='fast' is not one of"),
+        (lambda: layer(dropout_rate=1.5), "dropout_rate=1.5 must be at least 0 and below 1"),
+        (lambda: layer(rope=True, rope_base=-1.0), "rope_base=-1.0 must be positive"),
         (lambda: layer(init="shared"), "6 heads of width 4 need 24"),
         (lambda: layer()(X[..., :-1]), r"x has shape \(2, 7, 10\); its last of three axes must be D=11"),
         (lambda: layer()(X, MEMORY), r"memory has shape \(2, 5, 13\); its last of three axes must be M=11"),

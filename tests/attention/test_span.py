@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mha_jax.attention import Causal, MultiHeadAttention, Padding
+from mha_jax.attention import Causal, MultiHeadAttention, Padding, noting_backends
 from mha_jax.attention.blockmap import BlockMap
 from mha_jax.attention.span import AdaptiveSpan
 from mha_jax.specs import SpanSpec
@@ -43,7 +43,9 @@ def defined(q, k, v, z, visible):
 @pytest.mark.parametrize("rule", [Causal(), Padding(jnp.array([11, 6]))], ids=["causal", "padding"])
 def test_attention_within_spans_is_the_definition(double, rule):
     span, (q, k, v) = double
-    o = np.asarray(span.attend(q, k, v, rule, groups=(0, 0, 1, 1)))
+    with noting_backends() as notes:
+        o = np.asarray(span.attend(q, k, v, rule, groups=(0, 0, 1, 1)))
+    assert notes == ["T=11 S=11 H=4 G=2 K=3 V=5 float64: einsum (adaptive span)"]
     visible = np.broadcast_to(rule.mask(T, T), (B, 1, T, T))
     for b, h in np.ndindex(B, H):
         g = h // 2

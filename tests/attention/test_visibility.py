@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mha_jax.attention import Causal, Dense, Full, Global, Padding, PerHead, Segments, SlidingWindow
+from mha_jax.attention.rule import FARTHEST, integer
 from mha_jax.specs import UserError
 
 T, S = 7, 5
@@ -73,6 +74,13 @@ def test_vmap_maps_the_arrays_of_a_rule():
     np.testing.assert_array_equal(masks[1], (Causal() & Padding(LENGTHS + 1)).mask(T, S))
 
 
+def test_the_farthest_reach_shows_all_and_integers_of_numpy_are_integers():
+    for rule in (Causal(FARTHEST), SlidingWindow(FARTHEST, dilation=1), Global(FARTHEST)):
+        assert rule.mask(T, S).all()
+    assert SlidingWindow(FARTHEST, dilation=FARTHEST).mask(T, S).sum() == S
+    assert type(integer("window", np.int64(3))) is int
+
+
 def test_equal_rules_are_equal_and_hash_alike():
     assert Causal() & SlidingWindow(3) == Causal() & SlidingWindow(3)
     assert hash(Causal() & SlidingWindow(3)) == hash(Causal() & SlidingWindow(3))
@@ -86,6 +94,15 @@ def test_equal_rules_are_equal_and_hash_alike():
         (lambda: SlidingWindow(True), "SlidingWindow window=True must be an integer"),
         (lambda: Global(-1), "Global count=-1 must be an integer of at least 0"),
         (lambda: Causal(True), "Causal offset=True must be an integer"),
+        (lambda: Causal(2**30 + 1), "Causal offset=1073741825 must be .* at most 1073741824"),
+        (lambda: Causal() & DENSE, r"what & joins=array\(.*\) is not a rule; an array goes in as Dense"),
+        (lambda: Causal() | 3, "what | joins=3 is not a rule"),
+        (lambda: PerHead([Causal()]), r"PerHead rule 0=\[Causal\(offset=0\)\] is not a rule"),
+        (lambda: PerHead().describe(16), "has no head to describe"),
+        (lambda: Causal().describe(0), "length=0 must be an integer of at least 1"),
+        (lambda: Causal().describe(16, -1), "block=-1 must be an integer of at least 1"),
+        (lambda: Dense(None).mask(T, S), "Dense mask=None is not an array"),
+        (lambda: Segments([[1, 2], [3]]).mask(T, S), r"Segments query_ids=\[\[1, 2\], \[3\]\] is not an array"),
         (lambda: Padding(QUERY_IDS).mask(T, S), r"Padding lengths is of int32 and shape \(3, 7\); .* \[B\]"),
         (lambda: Padding(jnp.ones(3)).mask(T, S), r"Padding lengths is of float32 .* integers \[B\]"),
         (lambda: Segments(KEY_IDS).mask(T, T), "Segments query ids have 5 positions; T=7"),

@@ -49,6 +49,10 @@ CASES = {
     "negative heads": ([DEFAULT, "--config.model.num_heads=-2"], "num_heads=-2 must be an integer of at least 0"),
     "zero width": ([DEFAULT, "--config.model.qk_dim=0"], "qk_dim=0 must be an integer of at least 1"),
     "zero d_model": ([DEFAULT, "--config.model.d_model=0"], "model.d_model=0 must be an integer of at least 1"),
+    "unknown backend": (
+        [DEFAULT, "--config.model.backend=fast"],
+        "model.backend='fast' is not one of 'auto', 'einsum',",
+    ),
     "no steps": ([DEFAULT, "--config.training.steps=0"], "training.steps=0 must be an integer of at least 1"),
     "not a number": ([DEFAULT, "--config.model.num_heads=many"], "--config.model.num_heads=many"),
     "unknown field": ([DEFAULT, "--config.model.num_heds=3"], "did you mean 'model.num_heads'?"),
@@ -96,6 +100,7 @@ def test_a_run_answers_in_one_line(script, files, tmp_path, name):
     [
         "longer than positions",
         "unknown field",
+        "unknown backend",
         "unknown profile",
         "batch over devices",
         "empty text",

@@ -25,6 +25,10 @@ WRONG = [
     ({"model__adaptive_span__max_span": 0}, "model.adaptive_span.max_span=0 must be an integer of at least 1"),
     ({"model__adaptive_span__ramp": 0}, "model.adaptive_span.ramp=0 must be an integer of at least 1"),
     ({"model__adaptive_span__init": 1.5}, "model.adaptive_span.init=1.5 must be between 0 and 1"),
+    (
+        {"model__adaptive_span__max_span": 5, "model__backend": "pallas"},
+        "model.backend='pallas' has no adaptive spans (model.adaptive_span.max_span=5); 'auto' or 'einsum' would do",
+    ),
 ]
 
 

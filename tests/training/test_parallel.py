@@ -1,11 +1,14 @@
 """However the step is spread over devices, the numbers are those of one device; seeds together are seeds one by one."""
 
 import functools
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from mha_jax.attention import BACKENDS, attend
+from mha_jax.attention.attend import _PREFERRED
 from mha_jax.specs import UserError
 from mha_jax.training import hosts, parallel
 from mha_jax.training.parallel import make_program
@@ -135,3 +138,15 @@ def test_the_compiler_knows_the_options_that_a_gpu_gets():
     assert jax.jit(lambda x: x + 1).lower(1.0).compile(options)(1.0) == 2.0
     with pytest.raises(Exception, match="No such compile option"):
         jax.jit(lambda x: x + 1).lower(1.0).compile({f"{name}_not": value for name, value in options.items()})
+
+
+def test_a_program_says_once_which_backend_would_have_come_first(monkeypatch, capsys):
+    monkeypatch.setitem(_PREFERRED, "cpu", ("picky", "blockwise"))
+    monkeypatch.setitem(BACKENDS, "picky", types.SimpleNamespace(refusal=lambda call: "K=3 is odd"))
+    program = make_program(tiny.run("lm"), jax.devices()[:1])
+    for name, length in (("first", 1031), ("again", 1031), ("small", 5)):
+        x = jax.ShapeDtypeStruct((1, length, 2, 3), "float32")
+        program.compiled_for(name, jax.jit(lambda x: attend(x, x, x)), x)
+    told = "T=1031 S=1031 H=2 G=2 K=3 V=3 float32: blockwise; picky: K=3 is odd"
+    assert capsys.readouterr().err == f"note: attention {told}\n"
+    assert program.attention[0] == told and len(program.attention) == 2
