@@ -110,6 +110,8 @@ def _given(field: dataclasses.Field[Any], value: Any) -> Any:
     if not isinstance(field.default, tuple):
         return value
     if not isinstance(field.default[0], int):
+        if not value or not all(value):
+            raise UserError(f"--{field.name}={','.join(value)} names nothing; {','.join(field.default)} is the default")
         return tuple(value)
     if not value or not all(part.isdecimal() and int(part) for part in value):
         raise UserError(f"--{field.name}={','.join(value)} must be positive integers with commas between")
@@ -133,13 +135,16 @@ def main(argv: list[str]) -> int:
     cli.parse(values, [argument for argument in argv if argument != named[0]], verb.setting.__doc__)
     setting = verb.setting(**{f.name: _given(f, values[f.name].value) for f in dataclasses.fields(verb.setting)})
 
+    for flag, given in (("out", values.out), ("plot", values.plot)):
+        if given:
+            cli.check_writable(flag, Path(given))
+
     measured = verb.measure(setting)
     command = shlex.join(["python", "-m", "experiments.bench", *argv[1:]])
     result = {"benchmark": named[0], "command": command, "environment": environment()}
     result |= {"setting": dataclasses.asdict(setting), **measured}
     print(verb.table(result))
     if values.out:
-        Path(values.out).parent.mkdir(parents=True, exist_ok=True)
         Path(values.out).write_text(json.dumps(result, indent=1) + "\n")
     if verb.figure and (values.plot or values.out):
         plots.write(verb.figure, result, Path(values.plot or values.out))

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -46,6 +47,21 @@ def parse(values: flags.FlagValues, argv: list[str], about: str | None) -> None:
         raise UserError(str(error)) from None
     if rest:
         raise UserError(f"{rest[0]!r} is not understood; every argument is a flag, --name=value")
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Makes the directory of a file that is to come, and leaves the file as it is.
+
+    Raises: UserError where it cannot be written, which would else be found when the work is done.
+    """
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--{flag}={path} cannot be written ({error.strerror}); give another place") from None
+    if not there:
+        path.unlink()
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Draws rules of visibility: `python -m experiments.rules --out=docs/attention --length=64 --block=8`."""
 
+from pathlib import Path
+
 from absl import flags
 
 from experiments import cli
@@ -14,6 +16,8 @@ def main(argv: list[str]) -> int:
     cli.parse(values, argv, __doc__)
     if not values.out:
         raise UserError("--out is missing: where the picture goes, for instance docs/attention")
+    if "://" not in values.out:
+        cli.check_writable("out", Path(f"{values.out}.png"))
     from mha_jax.attention import BigBird, Causal, Fixed, Global, LogSparse, SlidingWindow, Strided
     from mha_jax.reporting.rules import draw_rules
 

@@ -32,6 +32,13 @@ from mha_jax.benchmarks.train_step import language_model
 from mha_jax.specs import HeadShape, UserError
 
 OURS, FLOOR, RIVAL = "mha_jax auto", "matmul floor", "PyTorch SDPA"
+# Of all contestants, that words may be checked before any is there.
+NAMES = (
+    *(f"mha_jax {backend}" for backend in ("auto", *BACKENDS)),
+    FLOOR,
+    *("jax.nn", "jax.nn cudnn", "flax.nnx", "jax.nn on one device", "flax.nnx on one device"),
+    *(f"PyTorch {core}" for core in ("SDPA", "FlexAttention", "eager", "flash", "cuDNN")),
+)
 NO_TORCH = "PyTorch is not installed (requirements-bench.txt) or not for this device: not compared"
 
 
@@ -57,6 +64,9 @@ class Setting:
 
     def __post_init__(self) -> None:
         check_modes(self.modes)
+        for word in self.contestants:
+            if not any(word in name for name in NAMES):
+                raise UserError(f"contestants={word!r} is in none of {', '.join(NAMES)}")
         for heads in self.heads:
             HeadShape.resolve(self.d_model, heads)
 

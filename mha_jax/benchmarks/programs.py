@@ -59,7 +59,7 @@ def use_devices(count: int | None) -> Devices:
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
-            jax.config.update("jax_num_cpu_devices", num_cores() if count is None else count)
+            jax.config.update("jax_num_cpu_devices", min(count or num_cores(), num_cores()))
     devices = jax.devices()
     if count is not None and not 1 <= count <= len(devices):
         raise UserError(f"devices={count} must be between 1 and the {len(devices)} that JAX has here")

@@ -39,6 +39,7 @@ def test_peers_of_pytorch_give_our_output_and_our_gradients(core):
     torch = pytest.importorskip("torch", reason="PyTorch is only in requirements-bench.txt")
     from mha_jax.benchmarks import peers_torch
 
+    assert {*peers_torch.CORES, *peers_torch.GPU_CORES} <= {*attention.NAMES}
     ours, params, *_ = layers(4)
     layer = peers_torch.Layer(D, 4, peers_torch.CORES[core](T, "cpu"))
     linear = {name: getattr(layer, name) for name in ("query", "key", "value", "out")}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import bench
+from experiments import bench, cli, rules
 from mha_jax.benchmarks import attention, plots, tables
 from mha_jax.specs import UserError
 
@@ -103,6 +103,9 @@ def test_the_flags_of_layers_are_those_of_its_measurement(monkeypatch, capsys):
         (["nothing"], "say what to time"),
         (["attention", "--heads=4,x"], "--heads=4,x must be positive integers"),
         (["attention", "--heads="], "--heads= must be positive integers"),
+        (["attention", "--contestants=torch"], "contestants='torch' is in none of mha_jax auto"),
+        (["sparse", "--rules="], "--rules= names nothing; dense,window"),
+        (["attention", "--out=/dev/null/x.json"], "--out=/dev/null/x.json cannot be written"),
         (["attention", "--heads=5"], "d_model=512 is not a multiple of num_heads=5"),
         (["attention", "--modes=backward"], "modes='backward' is not one of"),
         (["attention", "--rounds=0"], "rounds"),
@@ -114,6 +117,15 @@ def test_the_flags_of_layers_are_those_of_its_measurement(monkeypatch, capsys):
 def test_wrong_arguments_are_told_in_one_line(argv, words):
     with pytest.raises(UserError, match=words):
         bench.main(["bench", *argv])
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
+    (tmp_path / "old").write_text("kept")
+    cli.check_writable("out", tmp_path / "old")
+    cli.check_writable("out", tmp_path / "made" / "new")
+    assert (tmp_path / "old").read_text() == "kept" and not list((tmp_path / "made").iterdir())
+    with pytest.raises(UserError, match=r"--out=/dev/null/x\.png cannot be written"):
+        rules.main(["rules", "--out=/dev/null/x"])
 
 
 def test_help_names_the_benchmarks_and_a_benchmarks_help_its_flags(capsys):
