@@ -1,6 +1,10 @@
 """Published patterns: what they show, how much, and how far it reaches, against the papers."""
 
+import itertools
+import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +79,28 @@ def test_child_fixed_reaches_any_earlier_block_in_two_hops_for_n_root_n_pairs(n)
     # n (block / 2 within blocks, count * sqrt(n) / 2 across): of the order n sqrt n.
     assert visible(Fixed(block, count), n).sum() <= (count + 1) * n * math.sqrt(n)
     assert own.sum(1).max() <= block and summary.sum(1).max() <= count * n // block
+
+
+def test_childs_own_settings_look_at_n_root_n_pairs_and_reach_in_two_hops():
+    file = Path(__file__).parents[3] / "shared" / "papers" / "child2019_sparse.json"
+    if not file.exists():
+        pytest.skip("child2019_sparse.json is not in ../shared/papers beside the clone")
+    paper = json.loads(file.read_text())
+    counts, blocks = re.findall(r"c in ([\d,]+) for l in ([\d,]+)", paper["setup"]["fixed"])[0]
+    stride = int(re.findall(r"stride (\d+)", paper["setup"]["enwik8"])[0])
+    n = min(row["context"] for row in paper["rows"])
+    for block, count in itertools.product(map(int, blocks.split(",")), map(int, counts.split(","))):
+        # Of each position's block half, and the ends of all blocks before.
+        pairs = sum(t % block + 1 + t // block * count for t in range(n))
+        assert visible(Fixed(block, count), n).sum() == pairs < (1 + count) * n * math.sqrt(n)
+        own, ends = (visible(Causal() & rule, 1024) for rule in (BlockDiagonal(block), Summary(block, count)))
+        position = np.arange(1024) // block
+        assert ((ends.astype(np.float32) @ own) > 0)[position[:, None] > position].all()
+    # The last `stride` keys, and every stride-th before them.
+    pairs = sum(min(t + 1, stride) + t // stride for t in range(n))
+    assert visible(Strided(stride), n).sum() == pairs < n * (stride + n / stride)
+    near, far = (visible(Causal() & rule, 1024) for rule in (SlidingWindow(stride), EveryNth(stride)))
+    assert ((near.astype(np.float32) @ far) > 0)[np.tril_indices(1024)].all()
 
 
 def test_log_sparse_sees_log_n_keys_and_reaches_all_earlier_ones_in_log_n_layers():
