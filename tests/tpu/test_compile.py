@@ -5,6 +5,7 @@ takes the programs; results and speed are for other tests.
 """
 
 import functools
+import itertools
 import os
 from importlib.util import find_spec
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 # B, T, S, H, G, K, V, type, rule of (lengths [B], ids [B, T])
 CALLS = {
-    "narrow keys": (2, 257, 257, 4, 4, 16, 64, "float32", lambda n, i: Causal() & SlidingWindow(64)),
+    "narrow keys": (2, 257, 257, 4, 4, 16, 64, "float32", lambda n, i: Causal() & SlidingWindow(24)),
     "gqa": (2, 1024, 1024, 8, 2, 64, 64, "bfloat16", lambda n, i: Causal()),
     "mqa across, odd widths": (2, 131, 61, 3, 1, 5, 7, "float32", lambda n, i: Padding(n)),
     "packed documents": (2, 384, 384, 2, 2, 128, 256, "bfloat16", lambda n, i: Causal() & Segments(i)),
@@ -61,8 +62,13 @@ def forward_and_backward(backend, name):
     return function, [*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), *integers]
 
 
-@pytest.mark.parametrize("backend", ["einsum", "blockwise", "splash"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        *itertools.product(["einsum", "blockwise", "splash"], CALLS),
+        *itertools.product(["diagonals", "strips", "rows"], ["narrow keys"]),
+    ],
+)
 def test_forward_and_backward_compile_for_a_tpu(tpu, backend, name):
     function, arrays = forward_and_backward(backend, name)
     compiled = jax.jit(function).trace(*map(tpu, arrays)).lower().compile()
@@ -76,9 +82,15 @@ def test_the_compiler_refuses_what_a_tpu_cannot_hold(tpu):
         jax.jit(lambda x: jnp.sort(x @ x.T)).trace(too_large).lower().compile()
 
 
-@pytest.mark.parametrize(("backend", "dropout_rate"), [("splash", 0.0), ("blockwise", 0.3), ("einsum", 0.3)])
-@pytest.mark.parametrize("task", ["lm", "translation", "classification"])
-def test_training_step_compiles_for_a_tpu(tpu, task, backend, dropout_rate):
+STEPS = [
+    *itertools.product(["lm", "translation", "classification"], [("splash", 0.0), ("blockwise", 0.3), ("einsum", 0.3)]),
+    ("masked_lm", ("splash", 0.0)),
+]
+
+
+@pytest.mark.parametrize(("task", "way"), STEPS)
+def test_training_step_compiles_for_a_tpu(tpu, task, way):
+    backend, dropout_rate = way
     run = tiny.run(task, model__backend=backend, model__attention_dropout_rate=dropout_rate)
     state = jax.tree.map(tpu, jax.eval_shape(functools.partial(init_state, run)))
     batch = jax.tree.map(tpu, abstract_batches(run)[0])
