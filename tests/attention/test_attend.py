@@ -237,7 +237,6 @@ def test_square_is_not_transposed_nor_divided():
         ({"k": (B, S, 4, K), "v": (B, S, 4, V)}, "num_heads=6 is not a multiple of num_kv_heads=4; 1, 2, 3 and 6 fit"),
         ({"head_to_group": (0, 1, 2)}, "head_to_group has 3 entries; num_heads=6"),
         ({"head_to_group": (0, 1, 2, 3, 0, 0)}, "head_to_group names group 3"),
-        ({"head_to_group": (0, 0.9, 1, 1, 2, 2)}, r"head_to_group=\(0, 0.9, 1, 1, 2, 2\) must be integers"),
         ({"gate": jnp.ones((T, 6))}, r"gate has shape \(7, 6\); \[H=6\]"),
         ({"dropout_rate": 0.1}, "dropout_rate=0.1 needs a dropout_key"),
         ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be at least 0 and below 1"),

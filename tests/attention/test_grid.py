@@ -153,10 +153,18 @@ def test_backend_agrees_with_the_definition_on_the_grid(backend: str, part: int)
 
 
 @pytest.mark.slow
-def test_strips_agree_with_the_definition_wherever_they_serve():
-    served = {GRID[seed].rule for seed in RUN[1::4] if check(GRID[seed], "strips", seed)}
+@pytest.mark.parametrize(
+    ("backend", "share", "rules"),
+    [
+        ("strips", RUN[1::4], {"window", "padding", "segments"}),
+        ("rows", RUN[3::16], set()),
+        ("splash", RUN[5::16], set()),
+    ],
+)
+def test_backend_agrees_with_the_definition_wherever_it_serves(backend: str, share: range, rules: set[str]):
+    served = [GRID[seed].rule for seed in share if check(GRID[seed], backend, seed)]
     jax.clear_caches()
-    assert {"window", "padding", "segments"} <= served
+    assert served and rules <= set(served)
 
 
 def test_grid_covers_every_value_of_every_axis():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mha_jax.specs import UserError
+from mha_jax.specs import HeadShape, UserError
 from tests import tiny
 
 UNEVEN = {"model__num_heads": (3, 0), "model__num_kv_heads": (2, 0)}
@@ -47,3 +47,9 @@ def test_a_map_that_does_not_fit_is_told_with_its_layer(overrides, message):
     with pytest.raises(UserError) as caught:
         tiny.run("lm", **overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("groups", [(0, 0.9, 1, 1), "0011"])
+def test_a_map_of_one_layer_is_of_integers(groups):
+    with pytest.raises(UserError, match=r"head_to_group=.* must be integers"):
+        HeadShape.resolve(8, 4, 2, head_to_group=groups)
