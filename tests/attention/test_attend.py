@@ -271,13 +271,14 @@ def test_auto_takes_the_reference_for_small_squares_and_never_for_large_ones():
 
 
 def test_auto_takes_diagonals_where_tiles_would_pay_for_much_more():
-    for rule, name in (
-        (Causal() & LogSparse(), "diagonals"),
-        (SlidingWindow(5, dilation=64), "diagonals"),
-        (SlidingWindow(64), "strips"),
-        (Causal() & LogSparse() & Padding(jnp.array([5, 7])), "blockwise"),
+    for rule, length, name in (
+        (Causal() & LogSparse(), 4096, "diagonals"),
+        (LogSparse(), 2**15 + 1, "diagonals"),
+        (SlidingWindow(5, dilation=64), 4096, "diagonals"),
+        (SlidingWindow(64), 4096, "strips"),
+        (Causal() & LogSparse() & Padding(jnp.array([5, 7])), 4096, "blockwise"),
     ):
-        assert choose_backend("auto", dataclasses.replace(call(4096, 4096), rule=rule)).name == name
+        assert choose_backend("auto", dataclasses.replace(call(length, length), rule=rule)).name == name
 
 
 def test_auto_says_who_refused_and_why(monkeypatch):

@@ -20,7 +20,7 @@ from mha_jax.attention.regions import Rectangles
 from mha_jax.attention.rule import Rule
 
 # Beyond so many, products of whole tiles are the quicker way.
-_MOST = 32
+_MOST = 64
 # Keys of a tile that are worked on in the time of one key on a diagonal.
 _TILED_IN_TIME_OF_ONE = 20
 # Numbers of a block of queries that stay in a core's cache.
@@ -37,7 +37,7 @@ def offsets(rule: Rule, queries: int, keys: int) -> np.ndarray | None:
 
 
 def refusal(call: Call) -> str | None:
-    """Refuses rules that are not the same along every diagonal, or see more than 32 of them."""
+    """Refuses rules that are not the same along every diagonal, or see more than 64 of them."""
     if 0 in (call.batch, call.queries, call.keys, call.heads):
         return "an axis is empty; backend='blockwise' would do"
     found = offsets(call.rule, call.queries, call.keys)
