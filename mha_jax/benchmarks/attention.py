@@ -148,7 +148,8 @@ class _Cell:
     def enter_torch(self, device: str) -> None:
         from mha_jax.benchmarks import peers_torch
 
-        arguments = self.mode, self.num_heads, self.x, self.cotangent, self.dtype, device
+        _, params = our_layer(self.setting.d_model, self.num_heads, "einsum", self.dtype)
+        arguments = self.mode, params, self.x, self.cotangent, self.dtype, device
         for core in peers_torch.cores(device):
             self.enter(core, functools.partial(peers_torch.layer_program, core, *arguments), Exception)
 

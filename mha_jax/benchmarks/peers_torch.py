@@ -72,12 +72,19 @@ def cores(device: str) -> dict[str, Callable[[int, str], Core]]:
 
 
 class Layer(nn.Module):
-    """Causal self-attention with as many key/value heads as heads, without biases."""
+    """Causal self-attention with as many key/value heads as heads, without biases, on parameters of our layer.
 
-    def __init__(self, d_model: int, num_heads: int, core: Core):
+    What kernels cost depends on what they are given: at logits of another size, a row's maximum moves less often.
+    """
+
+    def __init__(self, params: Any, core: Core):
         super().__init__()
-        self.num_heads, self.core = num_heads, core
+        d_model, self.num_heads, _ = params["query"]["kernel"].shape
+        self.core = core
         self.query, self.key, self.value, self.out = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        for name in ("query", "key", "value", "out"):
+            kernel_XY = np.array(params[name]["kernel"], np.float32).reshape(d_model, d_model)
+            getattr(self, name).weight.data = torch.from_numpy(kernel_XY.T.copy())
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         q, k, v = (
@@ -88,16 +95,16 @@ class Layer(nn.Module):
 
 
 def layer_program(
-    core: str, mode: str, num_heads: int, x_BTD: np.ndarray, cotangent_BTD: np.ndarray, dtype: str, device: str
+    core: str, mode: str, params: Any, x_BTD: np.ndarray, cotangent_BTD: np.ndarray, dtype: str, device: str
 ) -> Program:
     """One call of the layer with this core; forward+backward gives y and the gradients of x and all parameters.
 
+    Args:   params: of `our_layer`.
     Raises: whatever PyTorch does where the core cannot run here.
     """
     torch.set_num_threads(num_cores())
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    d_model = x_BTD.shape[-1]
-    layer = Layer(d_model, num_heads, cores(device)[core](x_BTD.shape[1], device)).to(device, getattr(torch, dtype))
+    layer = Layer(params, cores(device)[core](x_BTD.shape[1], device)).to(device, getattr(torch, dtype))
     x, cotangent = tensor(x_BTD, dtype, device).requires_grad_(mode == BOTH), tensor(cotangent_BTD, dtype, device)
 
     def start() -> Sequence[torch.Tensor]:

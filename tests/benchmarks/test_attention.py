@@ -41,19 +41,15 @@ def test_peers_of_pytorch_give_our_output_and_our_gradients(core):
 
     assert {*peers_torch.CORES, *peers_torch.GPU_CORES} <= {*attention.NAMES}
     ours, params, *_ = layers(4)
-    layer = peers_torch.Layer(D, 4, peers_torch.CORES[core](T, "cpu"))
-    linear = {name: getattr(layer, name) for name in ("query", "key", "value", "out")}
-    for name, module in linear.items():
-        kernel = np.asarray(params[name]["kernel"])
-        matrix = kernel.reshape(-1, D) if name == "out" else kernel.reshape(D, -1)
-        module.weight.data = torch.tensor(matrix.T.copy())
+    layer = peers_torch.Layer(params, peers_torch.CORES[core](T, "cpu"))
     x = torch.tensor(np.array(X), requires_grad=True)
     y = layer(x)
     y.backward(torch.tensor(np.array(COTANGENT)))
     wanted = outcome(ours, params)
     np.testing.assert_allclose(y.detach(), wanted["y"], atol=2e-5)
     np.testing.assert_allclose(x.grad, wanted["x"], atol=2e-5)
-    for name, module in linear.items():
+    for name in ("query", "key", "value", "out"):
+        module = getattr(layer, name)
         np.testing.assert_allclose(module.weight.grad.T.reshape(wanted[name].shape), wanted[name], atol=2e-5)
 
 

@@ -5,11 +5,14 @@ import pytest
 from mha_jax.benchmarks.rounds import paired_ratio, race, summary
 
 
-def test_every_contestant_runs_once_a_round_and_each_begins_a_round_in_turn():
+def test_every_contestant_runs_once_a_round_and_follows_each_other_one_at_times():
     calls = []
-    seconds = race({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4)
-    assert "".join(calls) == 3 * "abc" + "abc" + "bca" + "cab" + "abc"
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    seconds = race({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=20)
+    assert "".join(calls[:9]) == 3 * "abc"
+    rounds = ["".join(calls[start : start + 3]) for start in range(9, len(calls), 3)]
+    assert {"".join(sorted(order)) for order in rounds} == {"abc"} and len(rounds) == 20
+    assert {pair for order in rounds for pair in (order[:2], order[1:])} == {"ab", "ac", "ba", "bc", "ca", "cb"}
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 20, "b": 20, "c": 20}
 
 
 def test_each_call_is_charged_to_its_own_contestant(monkeypatch):
