@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -250,6 +251,8 @@ def _own_cores(needs: Mapping[str, float]) -> int | None:
 
 def _train(command: list[str], paths: list[str], cores: int | None, hang_seconds: float) -> int:
     """On a node, in a worker of Ray: starts the cells and waits for them. Cancelling it is SIGTERM to them."""
+    # Ray cancels by an interrupt, to which workers are deaf whose node was started in the background of a script.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pack = [RunDirectory(path) for path in paths]
     for directory in pack:
         if not (directory.path / "config.json").exists():
