@@ -1,6 +1,7 @@
 """The kernels in Pallas' interpreter against the reference, with tiles of 16; and lowered for CUDA, by Triton."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow  # interpreted kernels take seconds each
 
 B, T, S, K, V = 2, 31, 37, 5, 11
 IDS = jnp.arange(T)[None] // jnp.array([[7], [40]])
-MASK = jax.random.bernoulli(jax.random.key(7), 0.3, (B, 3, T, S))
+MASK = jnp.asarray(np.random.default_rng(7).random((B, 3, T, S)) < 0.3)
 CALL = Call(B, T, S, 6, (0, 0, 1, 1, 2, 2), 3, K, V, jnp.dtype(jnp.float32), Causal(), 0.0)
 
 
@@ -30,7 +31,8 @@ def interpreted(monkeypatch):
 def arrays(heads, groups, queries, keys, qk_dim=K, v_dim=V, dtype=jnp.float32):
     shapes = [(B, queries, heads, qk_dim), (B, keys, groups, qk_dim), (B, keys, groups, v_dim)]
     shapes.append((B, queries, heads, v_dim))
-    return [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def loss(backend, groups, rate, scale, rule, q, k, v, c):
@@ -39,18 +41,19 @@ def loss(backend, groups, rate, scale, rule, q, k, v, c):
     return (out * c).astype(jnp.float32).sum(), out
 
 
-def results(backend, rule, given, groups, rate=0.0, scale=0.7, traced=False):
-    """The gradients for q, k, v, and the output; the rule's arrays are traced or known."""
+def program(backends, rule, groups, rate=0.0, scale=0.7, traced=False):
+    """For each of the backends the gradients for q, k, v, and the output; the rule's arrays are traced or known."""
     slopes = jax.grad(loss, (5, 6, 7), has_aux=True)
-    if traced:
-        return jax.tree.leaves(jax.jit(lambda *given: slopes(backend, groups, rate, scale, *given))(rule, *given))
-    return jax.tree.leaves(jax.jit(lambda *given: slopes(backend, groups, rate, scale, rule, *given))(*given))
+
+    def run(rule, *given):
+        return [jax.tree.leaves(slopes(backend, groups, rate, scale, rule, *given)) for backend in backends]
+
+    return functools.partial(jax.jit(run), rule) if traced else jax.jit(functools.partial(run, rule))
 
 
 def assert_like_reference(rule, queries, keys, groups, rate=0.0, traced=False, **sizes):
     given = arrays(len(groups), max(groups) + 1, queries, keys, **sizes)
-    found = results(pallas, rule, given, groups, rate, traced=traced)
-    for mine, expected in zip(found, results(einsum, rule, given, groups, rate), strict=True):
+    for mine, expected in zip(*program((pallas, einsum), rule, groups, rate, traced=traced)(*given), strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
 
 
@@ -59,46 +62,59 @@ def test_ragged_groups_a_rule_per_head_and_dropout_match_the_reference():
     assert_like_reference(rule, T, S, (1, 0, 1), rate=0.3)
 
 
-@pytest.mark.parametrize("groups", [(0, 1, 2), (0, 0, 1, 1), (0, 0, 0)], ids=["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("length", [15, 17, 32, 37])
+@pytest.mark.parametrize(
+    ("groups", "length"),
+    [((0, 0, 1, 1), 15), ((0, 1, 2), 17), ((0, 0, 0), 32), ((0, 0, 1, 1), 37)],
+    ids=["gqa", "mha", "mqa", "gqa of more tiles"],
+)
 def test_groups_and_lengths_match_the_reference(groups, length):
     assert_like_reference(Causal(), length, length, groups)
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
-@pytest.mark.parametrize(
-    ("rule", "keys"),
-    [
-        (Full(), S),
-        (Causal() & (SlidingWindow(7) | Global(2)), S),
-        (SlidingWindow(3, 4) | ~Causal(9), T),
-        (Padding(jnp.array([5, 0])), S),
-        (Causal() & Segments(IDS), T),
-        (Dense(MASK), S),
-        (Dense(MASK[:1, :1, :1]), S),
-        (PerHead(Padding(jnp.array([5, 31])), Dense(MASK[0, 0]), Causal()), S),
-        (BigBird(block=4, window=3, count=2, num_global=1, length=S), S),
-    ],
-)
-def test_rules_match_the_reference(rule, keys, traced):
-    assert_like_reference(rule, T, keys, (1, 0, 1), traced=traced)
+WITHOUT_ARRAYS = [
+    (Full(), S),
+    (Causal() & (SlidingWindow(7) | Global(2)), S),
+    (SlidingWindow(3, 4) | ~Causal(9), T),
+    (BigBird(block=4, window=3, count=2, num_global=1, length=S), S),
+]
+WITH_ARRAYS = [
+    (Padding(jnp.array([5, 0])), S),
+    (Causal() & Segments(IDS), T),
+    (Dense(MASK), S),
+    (Dense(MASK[:1, :1, :1]), S),
+    (PerHead(Padding(jnp.array([5, 31])), Dense(MASK[0, 0]), Causal()), S),
+]
+
+
+@pytest.mark.parametrize(("rule", "keys"), WITHOUT_ARRAYS + WITH_ARRAYS)
+def test_rules_match_the_reference(rule, keys):
+    assert_like_reference(rule, T, keys, (1, 0, 1))
+
+
+@pytest.mark.parametrize(("rule", "keys"), WITH_ARRAYS)
+def test_rules_of_traced_arrays_match_the_reference(rule, keys):
+    assert_like_reference(rule, T, keys, (1, 0, 1), traced=True)
+
+
+def test_rules_without_arrays_have_nothing_to_trace():
+    assert [len(jax.tree.leaves(rule)) > 0 for rule, _ in WITHOUT_ARRAYS + WITH_ARRAYS] == [False] * 4 + [True] * 5
 
 
 def test_dropout_does_not_depend_on_the_tiles(monkeypatch):
-    given = arrays(2, 1, 61, 67)
-    small = results(pallas, Causal(), given, (0, 0), rate=0.4)
+    given = arrays(2, 1, T, S)
+    (small,) = program((pallas,), Causal(), (0, 0), rate=0.4)(*given)
     monkeypatch.setattr(pallas, "LARGEST_TILE", 64)
-    for mine, other in zip(small, results(pallas, Causal(), given, (0, 0), rate=0.4), strict=True):
+    (large,) = program((pallas,), Causal(), (0, 0), rate=0.4)(*given)
+    for mine, other in zip(small, large, strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
 def test_widths_of_whole_tiles_in_bfloat16_are_as_near_as_the_reference():
     given = arrays(2, 1, 32, 48, 16, 32, jnp.bfloat16)
-    exact = results(einsum, Full(), [x.astype(jnp.float32) for x in given], (0, 0))
-    for mine, other, right in zip(
-        results(pallas, Full(), given, (0, 0)), results(einsum, Full(), given, (0, 0)), exact, strict=True
-    ):
+    (exact,) = program((einsum,), Full(), (0, 0))(*(x.astype(jnp.float32) for x in given))
+    for mine, other, right in zip(*program((pallas, einsum), Full(), (0, 0))(*given), exact, strict=True):
         assert mine.dtype == jnp.bfloat16
+        mine, other, right = (np.asarray(x, np.float32) for x in (mine, other, right))
         assert abs(mine - right).max() <= 2 * abs(other - right).max()
 
 
@@ -108,29 +124,31 @@ def test_rows_that_see_nothing_are_zero_and_hidden_nan_reaches_nobody():
     # Key 28 of the second example would be seen by query 31, the first of those that pad the tile.
     blind[:, :3], hidden[0, 20:], hidden[1, 28:] = True, True, True
     q, k, v, c = given
-    poisoned = [jnp.where(x[..., None, None], jnp.nan, y) for x, y in ((blind, q), (hidden, k), (hidden, v))]
-    found = results(pallas, rule, [*poisoned, c], (0, 0))
-    for mine, expected in zip(found, results(einsum, rule, given, (0, 0)), strict=True):
-        np.testing.assert_allclose(mine, expected, atol=1e-5)
+    poisoned = [np.where(x[..., None, None], np.nan, y) for x, y in ((blind, q), (hidden, k), (hidden, v))]
+    both = program((pallas, einsum), rule, (0, 0))
+    found, expected = both(*poisoned, c)[0], both(*given)[1]
+    for mine, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
     for mine, unseen in zip(found, (blind, hidden, hidden, blind), strict=True):
-        assert (mine[unseen] == 0).all()
+        assert (np.asarray(mine)[unseen] == 0).all()
 
 
 def test_a_traced_scale_has_a_gradient():
     given = arrays(2, 1, 17, 19)
-    mine, expected = (
-        jax.jit(jax.grad(lambda scale, backend=backend: loss(backend, (0, 0), 0.0, scale, Full(), *given)[0]))(0.7)
+    slopes = [
+        jax.grad(lambda scale, backend=backend: loss(backend, (0, 0), 0.0, scale, Full(), *given)[0])
         for backend in (pallas, einsum)
-    )
+    ]
+    mine, expected = jax.jit(lambda scale: [slope(scale) for slope in slopes])(0.7)
     np.testing.assert_allclose(mine, expected, rtol=1e-5)
 
 
 def test_seeds_at_once_equal_seeds_one_by_one():
-    given = [jnp.stack([x, -x[::-1]]) for x in arrays(2, 1, 17, 19)]
-    rule = Padding(jnp.array([5, 18]))
-    each = jax.vmap(lambda *given: jax.tree.leaves(results(pallas, rule, given, (0, 0))))(*given)
+    given = [np.stack([x, -x[::-1]]) for x in map(np.asarray, arrays(2, 1, 17, 19))]
+    run = program((pallas,), Padding(jnp.array([5, 18])), (0, 0))
+    (each,) = jax.vmap(run)(*given)
     for seed in range(2):
-        alone = results(pallas, rule, [x[seed] for x in given], (0, 0))
+        (alone,) = run(*(x[seed] for x in given))
         for mine, other in zip(each, alone, strict=True):
             np.testing.assert_allclose(mine[seed], other, atol=1e-6)
 
