@@ -1,6 +1,6 @@
-import dataclasses
+"""Attention is its definition, with poison, dropout, gates and empty axes; what does not fit is refused."""
+
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 from mha_jax import attention
-from mha_jax.attention import BACKENDS, Causal, Dense, Full, LogSparse, Padding, PerHead, SlidingWindow, noting_backends
-from mha_jax.attention.attend import _PREFERRED, choose_backend, fell_back
-from mha_jax.attention.backends.call import Call
+from mha_jax.attention import Causal, Dense, Full, LogSparse, Padding, PerHead, SlidingWindow
 from mha_jax.specs import UserError
-from mha_jax.specs.model import BACKENDS as NAMES
 
 B, T, S, K, V = 2, 7, 5, 3, 11
 # Compiled whole: op by op, each small test would wait for dozens of compilations.
@@ -26,7 +23,8 @@ def attend(request):
 
 def arrays(heads=6, groups=3, queries=T, keys=S, dtype=jnp.float32, v_dim=V):
     shapes = (B, queries, heads, K), (B, keys, groups, K), (B, keys, groups, v_dim), (B, queries, heads, v_dim)
-    return [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def by_loops(q, k, v, visible, groups, gate=None, scale=None):
@@ -43,47 +41,59 @@ def by_loops(q, k, v, visible, groups, gate=None, scale=None):
     return o if gate is None else o * np.asarray(gate, np.float64)[..., None]
 
 
-def gradients(function, q, k, v, c):
-    return jax.jit(jax.grad(lambda q, k, v: (function(q, k, v) * c).sum(), (0, 1, 2)))(q, k, v)
+def with_slopes(function):
+    """The program of a function's output and the gradients of sum(output * c) for q, k and v."""
+
+    def objective(q, k, v, c):
+        o = function(q, k, v)
+        return (o * c).sum(), o
+
+    @jax.jit
+    def program(q, k, v, c):
+        (_, o), slopes = jax.value_and_grad(objective, (0, 1, 2), has_aux=True)(q, k, v, c)
+        return o, *slopes
+
+    return lambda *given: jax.device_get(program(*given))
 
 
-@pytest.mark.parametrize("groups", [6, 3, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize(
-    ("rule", "options"),
+    ("groups", "rule", "options"),
     [
-        (Full(), {}),
-        (Causal(), {"is_causal": True}),
-        (Causal() & Padding(jnp.array([2, 5])), {"is_causal": True, "key_value_seq_lengths": jnp.array([2, 5])}),
+        (6, Full(), {}),
+        (1, Causal(), {"is_causal": True}),
+        (3, Causal() & Padding(jnp.array([2, 5])), {"is_causal": True, "key_value_seq_lengths": jnp.array([2, 5])}),
     ],
+    ids=["mha", "mqa", "gqa"],
 )
 def test_outputs_and_gradients_match_jax_nn(attend, groups, rule, options):
-    q, k, v, c = arrays(6, groups, v_dim=K)
-    ours, theirs = jax.jit(lambda *x: attend(*x, rule)), jax.jit(lambda *x: jax.nn.dot_product_attention(*x, **options))
-    np.testing.assert_allclose(ours(q, k, v), theirs(q, k, v), atol=1e-5)
-    for mine, other in zip(gradients(ours, q, k, v, c), gradients(theirs, q, k, v, c), strict=True):
+    given = arrays(6, groups, v_dim=K)
+    ours = with_slopes(lambda *x: attend(*x, rule))(*given)
+    theirs = with_slopes(lambda *x: jax.nn.dot_product_attention(*x, **options))(*given)
+    for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate_shape", [(4,), (B, 4), (B, T, 4)])
 def test_ragged_groups_and_gates_match_the_definition(attend, gate_shape):
     q, k, v, _ = arrays(4, 3)
-    groups, gate = (2, 0, 2, 1), jax.random.normal(jax.random.key(9), gate_shape)
+    groups, gate = (2, 0, 2, 1), jnp.asarray(np.random.default_rng(9).normal(size=gate_shape), jnp.float32)
     rule = PerHead(Causal(), Full(), Padding(jnp.array([2, 0])), Causal(-2))
     o = attend(q, k, v, rule, gate=gate, scale=0.7, head_to_group=groups)
-    full_gate = np.broadcast_to(gate[:, None] if gate.ndim == 2 else gate, (B, T, 4))
-    np.testing.assert_allclose(o, by_loops(q, k, v, rule.mask(T, S), groups, full_gate, 0.7), atol=1e-5)
+    full_gate = np.broadcast_to(np.asarray(gate)[:, None] if gate.ndim == 2 else gate, (B, T, 4))
+    visible = jax.jit(lambda: rule.mask(T, S))()
+    np.testing.assert_allclose(o, by_loops(q, k, v, visible, groups, full_gate, 0.7), atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [6, 3, 1], ids=["mha", "gqa", "mqa"])
 def test_float64_matches_the_definition_and_its_finite_differences(attend, groups):
     with jax.enable_x64(True):
         q, k, v, c = arrays(6, groups, dtype=jnp.float64)
-        visible = np.asarray(jax.random.bernoulli(jax.random.key(7), 0.6, (B, 6, T, S)))
+        visible = np.random.default_rng(7).random((B, 6, T, S)) < 0.6
         heads = [h // (6 // groups) for h in range(6)]
-        o = attend(q, k, v, Dense(visible))
+        o, *slopes = with_slopes(lambda *x: attend(*x, Dense(visible)))(q, k, v, c)
         assert o.dtype == jnp.float64
         np.testing.assert_allclose(o, by_loops(q, k, v, visible, heads), atol=1e-12)
-        slopes = gradients(lambda *x: attend(*x, Dense(visible)), q, k, v, c)
+        q, k, v, c = map(np.asarray, (q, k, v, c))
         rng, step = np.random.default_rng(0), 1e-6
         for i, gradient in enumerate(slopes):
             direction = rng.normal(size=gradient.shape)
@@ -100,41 +110,34 @@ def test_query_that_sees_nothing_gives_zero_and_gradient_zero(attend, head_to_gr
     visible = np.ones((B, 6, T, S), bool)
     visible[0, :, 3], visible[1, 2] = False, False
     empty = ~visible.any(-1).transpose(0, 2, 1)
-
-    @jax.jit
-    def function(*x):
-        return attend(*x, Dense(visible), head_to_group=head_to_group)
-
-    assert (np.asarray(function(q, k, v))[empty] == 0).all()
+    run = with_slopes(lambda *x: attend(*x, Dense(visible), head_to_group=head_to_group))
+    clean = run(q, k, v, c)
+    assert (clean[0][empty] == 0).all()
     # In an empty row even a NaN query reaches nobody.
-    dirty = gradients(function, jnp.where(empty[..., None], jnp.nan, q), k, v, c)
-    for mine, clean in zip(dirty, gradients(function, q, k, v, c), strict=True):
-        np.testing.assert_array_equal(mine, clean)
-    assert (np.asarray(dirty[0])[empty] == 0).all()
+    dirty = run(np.where(empty[..., None], np.nan, q), k, v, c)
+    for mine, other in zip(dirty, clean, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert (dirty[1][empty] == 0).all()
 
 
-@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("head_to_group", [None, (0, 2, 2, 0, 1, 0)], ids=["regular", "ragged"])
-def test_poison_in_keys_that_nobody_sees_reaches_nobody(attend, poison, head_to_group):
+def test_poison_in_keys_that_nobody_sees_reaches_nobody(attend, head_to_group):
     q, k, v, c = arrays()
     groups = head_to_group or (0, 0, 1, 1, 2, 2)
-    visible = np.asarray(jax.random.bernoulli(jax.random.key(7), 0.5, (B, 6, T, S))).copy()
+    visible = np.random.default_rng(7).random((B, 6, T, S)) < 0.5
     visible[0, :, :, 1] = False
     visible[1, [h for h in range(6) if groups[h] == 2], :, 4] = False
     hidden = np.zeros((B, S, 3, 1), bool)
     hidden[0, 1], hidden[1, 4, 2] = True, True
-
-    @jax.jit
-    def function(*x):
-        return attend(*x, Dense(visible), head_to_group=head_to_group)
-
-    dirty = q, jnp.where(hidden, poison, k), jnp.where(hidden, poison, v)
-    np.testing.assert_array_equal(function(*dirty), function(q, k, v))
-    assert np.isfinite(function(*dirty)).all()
-    for mine, clean in zip(gradients(function, *dirty, c), gradients(function, q, k, v, c), strict=True):
-        np.testing.assert_array_equal(mine, clean)
-    for gradient in gradients(function, *dirty, c)[1:]:
-        assert (np.asarray(gradient)[hidden[..., 0]] == 0).all()
+    run = with_slopes(lambda *x: attend(*x, Dense(visible), head_to_group=head_to_group))
+    clean = run(q, k, v, c)
+    assert np.isfinite(clean[0]).all()
+    for gradient in clean[2:]:
+        assert (gradient[hidden[..., 0]] == 0).all()
+    for poison in (np.float32(np.nan), np.float32(np.inf)):
+        dirty = run(q, np.where(hidden, poison, k), np.where(hidden, poison, v), c)
+        for mine, other in zip(dirty, clean, strict=True):
+            np.testing.assert_array_equal(mine, other)
 
 
 # Queries that fill up a tile would see keys beyond the real ones: 101 is no multiple of any tile.
@@ -149,41 +152,43 @@ def test_poison_in_keys_that_nobody_sees_reaches_nobody(attend, poison, head_to_
     ],
 )
 def test_poison_in_keys_that_only_filling_queries_see_reaches_nobody(backend, rule):
-    q, k, v, c = arrays(heads=2, groups=2, queries=101, keys=128)
+    q, k, v, c = map(np.asarray, arrays(heads=2, groups=2, queries=101, keys=128))
     hidden = np.arange(128)[:, None, None] > 100
-    function = jax.jit(lambda *x: attention.attend(*x, rule, backend=backend))
-    for x, y in ((jnp.nan, 0.0), (0.0, jnp.nan)):
-        dirty = q, jnp.where(hidden, k + x, k), jnp.where(hidden, v + y, v)
-        np.testing.assert_array_equal(function(*dirty), function(q, k, v))
-        for mine, clean in zip(gradients(function, *dirty, c), gradients(function, q, k, v, c), strict=True):
-            np.testing.assert_array_equal(mine, clean)
+    run = with_slopes(lambda *x: attention.attend(*x, rule, backend=backend))
+    clean = run(q, k, v, c)
+    assert all(np.isfinite(x).all() for x in clean)
+    nan = np.float32(np.nan)
+    for dirty in ((np.where(hidden, nan, k), v), (k, np.where(hidden, nan, v))):
+        for mine, other in zip(run(q, *dirty, c), clean, strict=True):
+            np.testing.assert_array_equal(mine, other)
 
 
 def test_poison_in_padding_of_a_causal_square_reaches_no_earlier_query(attend):
     q, k, v, _ = arrays(keys=T)
-    k, v = k.at[0, 4:].set(jnp.nan), v.at[0, 4:].set(jnp.nan)
+    hidden = (np.arange(B)[:, None] == 0) & (np.arange(T) > 3)
+    k, v = (np.where(hidden[..., None, None], np.float32(np.nan), x) for x in (k, v))
     assert np.isfinite(attend(q, k, v, Causal() & Padding(jnp.array([4, T])))).all()
 
 
 def test_large_logits_do_not_overflow(attend):
     q, k, v, c = arrays()
-    assert np.isfinite(attend(q * 1e4, k * 1e4, v, Causal())).all()
-    for gradient in gradients(lambda *x: attend(*x, Causal()), q * 1e4, k * 1e4, v, c):
-        assert np.isfinite(gradient).all()
+    large = (np.asarray(x) * np.float32(1e4) for x in (q, k))
+    for found in with_slopes(lambda *x: attend(*x, Causal()))(*large, v, c):
+        assert np.isfinite(found).all()
 
 
 def test_bfloat16_softmax_is_in_float32(attend):
     q, k, v, _ = arrays(dtype=jnp.bfloat16, keys=61)
-    o = attend(q, k, jnp.ones_like(v))
+    o = attend(q, k, np.ones_like(v))
     assert o.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(o, jnp.ones_like(o))
-    exact = by_loops(*(x.astype(jnp.float32) for x in (q, k, v)), True, (0, 0, 1, 1, 2, 2))
+    np.testing.assert_array_equal(o, np.ones_like(o))
+    exact = by_loops(q, k, v, True, (0, 0, 1, 1, 2, 2))
     assert np.abs(np.asarray(attend(q, k, v), np.float64) - exact).max() < 4e-3
 
 
 def test_dropout_keeps_the_mean_and_differs_between_examples_and_heads(attend):
     rate, many = 0.25, 4001
-    q, k, v = jnp.ones((2, 1, 3, K)), jnp.ones((2, many, 3, K)), jnp.ones((2, many, 3, 1))
+    q, k, v = (np.ones(shape, np.float32) for shape in ((2, 1, 3, K), (2, many, 3, K), (2, many, 3, 1)))
     o = np.asarray(attend(q, k, v, dropout_rate=rate, dropout_key=jax.random.key(0)))
     assert len(np.unique(o)) == 6
     assert np.abs(o - 1).max() < 5 * np.sqrt(rate / (1 - rate) / many)
@@ -192,17 +197,17 @@ def test_dropout_keeps_the_mean_and_differs_between_examples_and_heads(attend):
 def test_dropout_depends_on_the_key_of_the_example_alone(attend):
     q, k, v, _ = arrays()
     keys = jax.random.split(jax.random.key(0), B)
-    both = attend(q, k, v, dropout_rate=0.5, dropout_key=keys)
-    alone = attend(q[1:], k[1:], v[1:], dropout_rate=0.5, dropout_key=keys[1:])
+    run = jax.jit(lambda *x: attend(*x[:3], dropout_rate=0.5, dropout_key=x[3]))
+    both, alone = (np.asarray(run(*(x[first:] for x in (q, k, v, keys)))) for first in (0, 1))
     np.testing.assert_allclose(both[1:], alone, atol=1e-6)
-    assert np.abs(both - attend(q, k, v)).max() > 0.1
+    assert np.abs(both - np.asarray(attend(q, k, v))).max() > 0.1
 
 
 def test_gradient_of_dropout_uses_the_bits_of_the_forward_pass(attend):
     q, k, v, c = arrays()
-    function = lambda v: attend(q, k, v, Causal(), dropout_rate=0.5, dropout_key=jax.random.key(0))  # noqa: E731
-    gradient = jax.grad(lambda v: (function(v) * c).sum())(v)
-    np.testing.assert_allclose((gradient * v).sum(), (function(v) * c).sum(), rtol=1e-4)
+    run = with_slopes(lambda *x: attend(*x, Causal(), dropout_rate=0.5, dropout_key=jax.random.key(0)))
+    o, _, _, gradient = run(q, k, v, c)
+    np.testing.assert_allclose((gradient * np.asarray(v)).sum(), (o * np.asarray(c)).sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +215,9 @@ def test_gradient_of_dropout_uses_the_bits_of_the_forward_pass(attend):
 )
 def test_empty_axes_are_legal(attend, heads, groups, queries, keys):
     q, k, v, c = arrays(heads, groups, queries, keys)
-    o = attend(q, k, v, Causal())
+    o, *slopes = with_slopes(lambda *x: attend(*x, Causal()))(q, k, v, c)
     assert o.shape == (B, queries, heads, V)
-    assert not o.any()
-    assert not any(g.any() for g in gradients(lambda *x: attend(*x, Causal()), q, k, v, c))
+    assert not any(found.any() for found in (o, *slopes))
 
 
 def test_square_is_not_transposed_nor_divided():
@@ -248,7 +252,7 @@ def test_square_is_not_transposed_nor_divided():
 )
 def test_wrong_arguments_are_refused_in_our_letters(change, message):
     arguments = dict(zip("qkv", arrays(), strict=False))
-    arguments |= {name: jnp.ones(value) if name in "qkv" else value for name, value in change.items()}
+    arguments |= {name: np.ones(value, np.float32) if name in "qkv" else value for name, value in change.items()}
     with pytest.raises(UserError, match=message):
         compiled(**arguments)
 
@@ -259,48 +263,6 @@ def test_types_that_differ_or_are_no_floats_are_refused():
         compiled(q, k.astype(jnp.bfloat16), v)
     with pytest.raises(UserError, match="floating type"):
         compiled(*(x.astype(jnp.int32) for x in (q, k, v)))
-
-
-def call(queries=T, keys=S, rate=0.0):
-    return Call(B, queries, keys, 6, (0, 0, 1, 1, 2, 2), 3, K, V, jnp.dtype("float32"), Causal(), rate)
-
-
-def test_auto_takes_the_reference_for_small_squares_and_never_for_large_ones():
-    assert choose_backend("auto", call()).name == "einsum"
-    assert choose_backend("auto", call(4096, 4096, 0.1)).name == "blockwise"
-
-
-def test_auto_takes_diagonals_where_tiles_would_pay_for_much_more():
-    for rule, length, name in (
-        (Causal() & LogSparse(), 4096, "diagonals"),
-        (LogSparse(), 2**15 + 1, "diagonals"),
-        (SlidingWindow(5, dilation=64), 4096, "diagonals"),
-        (SlidingWindow(64), 4096, "strips"),
-        (Causal() & LogSparse() & Padding(jnp.array([5, 7])), 4096, "blockwise"),
-    ):
-        assert choose_backend("auto", dataclasses.replace(call(length, length), rule=rule)).name == name
-
-
-def test_auto_says_who_refused_and_why(monkeypatch):
-    monkeypatch.setitem(_PREFERRED, "cpu", ("picky", "blockwise"))
-    monkeypatch.setitem(BACKENDS, "picky", types.SimpleNamespace(refusal=lambda call: "K=3 is odd; even K would do"))
-    x = jnp.ones((1, 1031, 2, 3))
-    with noting_backends() as notes:
-        for _ in range(2):
-            attention.attend(x, x, x)
-    assert notes == ["T=1031 S=1031 H=2 G=2 K=3 V=3 float32: blockwise; picky: K=3 is odd; even K would do"]
-    assert fell_back(notes[0])
-
-
-def test_backend_that_is_named_and_refuses_is_an_error_with_the_reason(monkeypatch):
-    monkeypatch.setitem(BACKENDS, "picky", types.SimpleNamespace(refusal=lambda call: "K=3 is odd; even K would do"))
-    x = jnp.ones((1, 5, 2, 3))
-    with pytest.raises(UserError, match="backend='picky' cannot serve this attention: K=3 is odd; even K would do"):
-        attention.attend(x, x, x, backend="picky")
-
-
-def test_a_config_names_the_backends_that_there_are():
-    assert ("auto", *BACKENDS) == NAMES
 
 
 def test_memory_of_blockwise_grows_with_the_length_and_not_with_its_square():
