@@ -11,8 +11,13 @@ from mha_jax.specs import UserError
 RATE = 0.3
 
 
+# Compiled whole: op by op, each new shape would wait for a dozen compilations.
+block = jax.jit(attention_keep, static_argnames="rate")
+mask = jax.jit(keep_mask, static_argnames=("shape", "rate"))
+
+
 def square(keys, heads=5, queries=37, key_length=41, rate=RATE):
-    return np.asarray(attention_keep(keys, jnp.arange(heads), jnp.arange(queries), jnp.arange(key_length), rate))
+    return np.asarray(block(keys, np.arange(heads), np.arange(queries), np.arange(key_length), rate=rate))
 
 
 def correlation(a, b):
@@ -24,21 +29,27 @@ def correlation(a, b):
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
 def test_share_of_kept_elements_is_one_minus_rate(rate):
     keys = jax.random.split(jax.random.key(0), 4)
-    for kept in (square(keys, 8, 128, 128, rate), np.asarray(keep_mask(keys, (8, 128, 128), rate))):
+    for kept in (square(keys, 8, 128, 128, rate), np.asarray(mask(keys, shape=(8, 128, 128), rate=rate))):
         assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / kept.size)
+
+
+@pytest.fixture(scope="module")
+def large_square():
+    return square(keys_per_example(jax.random.key(1), 32), 32, 48, 48).astype(float)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3], ids=["examples", "heads", "queries", "keys"])
 @pytest.mark.parametrize("step", [1, 2, 16])
-def test_attention_dropout_is_independent_along_every_axis(axis, step):
-    kept = square(keys_per_example(jax.random.key(1), 32), 32, 48, 48).astype(float)
+def test_attention_dropout_is_independent_along_every_axis(large_square, axis, step):
+    kept = large_square
     first, second = np.split(kept, [step], axis)[1], np.split(kept, [kept.shape[axis] - step], axis)[0]
     assert correlation(first, second) < 5
 
 
 def test_neighbouring_keys_of_small_seeds_are_independent():
     keys = jax.vmap(jax.random.key)(jnp.arange(12))
-    for kept in (square(keys, 3, 64, 64).astype(float), np.asarray(keep_mask(keys, (3, 64, 64), RATE)).astype(float)):
+    for kept in (square(keys, 3, 64, 64), mask(keys, shape=(3, 64, 64), rate=RATE)):
+        kept = np.asarray(kept, float)
         worst = max(correlation(kept[i], kept[j]) for i, j in itertools.combinations(range(12), 2))
         assert worst < 5
 
@@ -58,15 +69,17 @@ def test_rows_of_the_square_never_repeat():
 def test_bits_do_not_depend_on_the_tiling():
     keys = keys_per_example(jax.random.key(4), 2)
     whole = square(keys)
-    tile = attention_keep(keys, jnp.array([3]), jnp.arange(11, 29), jnp.arange(7, 13), RATE)
+    tile = block(keys, np.array([3]), np.arange(11, 29), np.arange(7, 13), rate=RATE)
     np.testing.assert_array_equal(tile, whole[:, 3:4, 11:29, 7:13])
 
 
 def test_bits_are_reproducible_in_and_out_of_jit():
     keys = keys_per_example(jax.random.key(5), 3)
-    np.testing.assert_array_equal(square(keys), square(keys))
-    masked = jax.jit(lambda k: keep_mask(k, (5, 7), RATE))(keys)
-    np.testing.assert_array_equal(masked, keep_mask(keys, (5, 7), RATE))
+    spots = [jnp.arange(size) for size in (2, 3, 5)]
+    eager = attention_keep(keys, *spots, RATE)
+    for again in (attention_keep(keys, *spots, RATE), block(keys, *spots, rate=RATE)):
+        np.testing.assert_array_equal(again, eager)
+    np.testing.assert_array_equal(mask(keys, shape=(5, 7), rate=RATE), keep_mask(keys, (5, 7), RATE))
 
 
 def test_hash_wraps_as_32_bit_integers_do():
@@ -81,7 +94,7 @@ def test_hash_wraps_as_32_bit_integers_do():
         row = finish(finish(first[b] ^ h) + t & 0xFFFFFFFF), finish(finish(second[b] + h & 0xFFFFFFFF) ^ t)
         bits = finish(finish(row[0] ^ s) + row[1] & 0xFFFFFFFF)
         for rate in (0.2, 0.5, 0.8):
-            kept = attention_keep(keys, jnp.array([h]), jnp.array([t]), jnp.array([s]), rate)
+            kept = block(keys, np.array([h]), np.array([t]), np.array([s]), rate=rate)
             assert bool(kept[b, 0, 0, 0]) == (bits >= rate * 2**32)
 
 
@@ -95,14 +108,16 @@ def test_rate_zero_changes_nothing():
 def test_dropout_scales_what_it_keeps_and_its_gradient_has_the_same_bits():
     keys = keys_per_example(jax.random.key(8), 2)
     x = jnp.ones((2, 7, 11))
-    y, gradient = dropout(x, keys, RATE), jax.grad(lambda x: dropout(x, keys, RATE).sum())(x)
+    slopes = jax.grad(lambda x: dropout(x, keys, RATE).sum())
+    y, gradient = jax.jit(lambda x: (dropout(x, keys, RATE), slopes(x)))(x)
     np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - RATE)], rtol=1e-6)
     np.testing.assert_array_equal(y, gradient)
 
 
 def test_example_keeps_its_bits_in_another_batch():
     keys = keys_per_example(jax.random.key(9), 5)
-    np.testing.assert_array_equal(keep_mask(keys, (7, 11), RATE)[3], keep_mask(keys[3:4], (7, 11), RATE)[0])
+    masks = [np.asarray(mask(some, shape=(7, 11), rate=RATE)) for some in (keys, keys[3:4])]
+    np.testing.assert_array_equal(masks[0][3], masks[1][0])
 
 
 def test_keys_given_one_an_example_are_used_as_they_are():
