@@ -1,5 +1,6 @@
 """configs/jin2024_moh.py and configs/bhojanapalli2020.py: every cell builds and holds fixed what it says."""
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 from configs import bhojanapalli2020, jin2024_moh
 from mha_jax.config import flatten, override, resolve
 from mha_jax.models import build_model, cost
-from mha_jax.specs import UserError
+from mha_jax.specs import ATTENTION_KINDS, UserError
 from mha_jax.sweeps import claims
 
 STUDIES = [(module, profile) for module in (bhojanapalli2020, jin2024_moh) for profile in ("paper", "embedded")]
@@ -23,6 +24,9 @@ def run_of(module: ModuleType, profile: str, cell: dict[str, Any]):
 @pytest.mark.parametrize(("module", "profile", "cell"), CELLS)
 def test_every_cell_builds(module: ModuleType, profile: str, cell: dict[str, Any]):
     run = run_of(module, profile, cell)
+    # The layers of a cell are alike.
+    assert all(len(set(run.model.heads(kind))) == 1 for kind in ATTENTION_KINDS[run.task])
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=1))
     model = nnx.eval_shape(lambda: build_model(run, rngs=nnx.Rngs(params=0)))
     assert sum(leaf.size for leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)).leaves) == cost.parameters(run)
 
