@@ -1,10 +1,11 @@
 import pytest
 
-from mha_jax.data import embedded
+from mha_jax.data import embedded, load
+from mha_jax.specs import DataSpec
 
 
 @pytest.mark.slow
-def test_corpus_is_large_and_its_documents_distinct():
+def test_corpus_is_large_its_documents_distinct_and_each_in_its_split(monkeypatch, tmp_path):
     splits = embedded.documents()
     texts = [text for split in splits.values() for text in split]
     assert len(set(texts)) == len(texts)
@@ -12,6 +13,13 @@ def test_corpus_is_large_and_its_documents_distinct():
     assert 0.02 < len(splits["validation"]) / len(texts) < 0.09
     assert 0.02 < len(splits["test"]) / len(texts) < 0.09
     assert any("Return a list of" in text for text in splits["train"])
+    monkeypatch.setattr(embedded, "documents", lambda: splits)  # reading them again would take seconds
+    data = load(DataSpec("embedded", length=64, batch_size=3, max_examples=200), "lm", tmp_path)
+    kept = splits | {"train": splits["train"][:200]}
+    facts = data.fingerprint["splits"]
+    assert {split: facts[split]["examples"] for split in facts} == {split: len(texts) for split, texts in kept.items()}
+    (first,) = next(data.eval_batches("validation"))["targets"][:1]
+    assert splits["validation"][0].startswith(data.tokenizer.decode(first))
 
 
 def test_fingerprint_changes_with_the_library(monkeypatch, tmp_path):

@@ -31,13 +31,15 @@ def test_flags_that_do_not_go_together_are_answered_with_a_line(script, case):
 @pytest.mark.slow
 def test_a_sweep_is_prepared_trained_in_parts_and_done_for_all(script, tmp_path):
     workdir = f"--workdir={tmp_path / 'w'}"
-    prepared = script(sweep.main, SMOKE, workdir, "--config.mesh.data=1", "--prepare_only")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"line {n} of the text" for n in range(80)))
+    given = ["--config.mesh.data=1", "--config.data.source=text", f"--config.data.files.train={tmp_path / 'text.txt'}"]
+    prepared = script(sweep.main, SMOKE, workdir, *given, "--prepare_only")
     assert prepared.code == 0, prepared.err
     assert prepared.out.splitlines()[-1] == f"2 cells prepared in {tmp_path / 'w'}"
     runs = SweepDirectory(tmp_path / "w").runs
     assert [run.state for run in runs] == ["queued", "queued"]
     assert script(sweep.main, workdir, "--cells=1:2").code == 0
     assert [run.state for run in runs] == ["queued", "done"]
-    more = [SMOKE, workdir, "--config.mesh.data=1", "--seeds=7..8", "--prepare_only"]
+    more = [SMOKE, workdir, *given, "--seeds=7..8", "--prepare_only"]
     said = [script(sweep.main, *more, *dry).out.splitlines()[-1] for dry in (["--dry_run"], [])]
     assert said == [f"4 cells {would}prepared in {tmp_path / 'w'}" for would in ("would be ", "")]

@@ -29,14 +29,19 @@ def rows(run):
 
 
 @pytest.fixture
-def long(tmp_path):
-    """A sweep long enough to be hit in its middle, with a checkpoint or an evaluation nearly always at hand."""
+def small(tmp_path):
+    """The smoke sweep on a text that is read and evaluated in no time."""
     words = random.Random(5).choices(("head", "query", "key", "value", "wide", "narrow"), k=3000)
     documents = [" ".join(words[i : i + 30]) for i in range(0, len(words), 30)]
     (tmp_path / "text.txt").write_text("\n\n".join(documents))
+    return [SMOKE, "--config.data.source=text", f"--config.data.files.train={tmp_path / 'text.txt'}"]
+
+
+@pytest.fixture
+def long(small):
+    """A sweep long enough to be hit in its middle, with a checkpoint or an evaluation nearly always at hand."""
     numbers = {"training.steps": 60, "training.checkpoint_every": 3, "training.eval_every": 7, "training.log_every": 2}
-    flags = [f"--config.{name}={value}" for name, value in numbers.items()]
-    return [SMOKE, "--config.data.source=text", f"--config.data.files.train={tmp_path / 'text.txt'}", *flags]
+    return [*small, "--config.mesh.data=1", *(f"--config.{name}={value}" for name, value in numbers.items())]
 
 
 def start(flags, workdir):
@@ -55,8 +60,8 @@ def training_cell(workdir, least=0):
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_its_table_and_running_it_again_trains_nothing(script, tmp_path):
-    ended = script(sweep.main, SMOKE, f"--workdir={tmp_path}")
+def test_a_sweep_gives_its_table_and_running_it_again_trains_nothing(script, small, tmp_path):
+    ended = script(sweep.main, *small, f"--workdir={tmp_path}")
     assert ended.code == 0, ended.out + ended.err
     runs = SweepDirectory(tmp_path).runs
     assert [run.state for run in runs] == ["done", "done"]
@@ -73,7 +78,7 @@ def test_a_sweep_gives_its_table_and_running_it_again_trains_nothing(script, tmp
     ]
     assert all(float(row["validation/loss"]) > 0 for row in results)
     before = [run.status for run in runs]
-    assert script(sweep.main, SMOKE, f"--workdir={tmp_path}").code == 0
+    assert script(sweep.main, *small, f"--workdir={tmp_path}").code == 0
     assert [run.status for run in runs] == before
 
 
@@ -122,9 +127,10 @@ def test_one_run_equals_its_cell_in_a_sweep(script, long, tmp_path):
 
 
 @pytest.mark.slow
-def test_added_seeds_train_on_their_own_and_what_was_trained_stays_as_it_is(script, tmp_path):
+def test_added_seeds_train_on_their_own_and_what_was_trained_stays_as_it_is(script, small, tmp_path):
     """Seeds 0 and 2, then 1: each run trains once, and the report merges them by seed."""
-    flags = [SMOKE, "--config.training.steps=10", "--config.training.eval_every=5", f"--workdir={tmp_path}"]
+    numbers = {"mesh.data": 1, "training.steps": 10, "training.eval_every": 5}
+    flags = [*small, *(f"--config.{name}={value}" for name, value in numbers.items()), f"--workdir={tmp_path}"]
     assert script(sweep.main, *flags, "--seeds=0,2").code == 0
     first = SweepDirectory(tmp_path).runs
     files = [run.path / name for run in first for name in ("metrics.jsonl", "status.json", "config.json")]
