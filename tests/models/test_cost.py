@@ -43,8 +43,12 @@ def count_built(run):
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize("task", ["lm", "masked_lm", "translation", "classification"])
-@pytest.mark.parametrize("model", HEADS, ids=str)
+# A translator has all kinds of attention and two stacks; in the others the last layers read the norm and the biases.
+BUILT = [("translation", model) for model in HEADS]
+BUILT += [(task, model) for task in ("lm", "masked_lm", "classification") for model in (HEADS[0], HEADS[2], HEADS[9])]
+
+
+@pytest.mark.parametrize(("task", "model"), BUILT, ids=str)
 def test_parameters_are_those_of_the_built_model(make_run, task, model):
     run = make_run(task, **model)
     assert parameters(run) == count_built(run)
