@@ -41,7 +41,7 @@ def test_evaluated_gates_are_exactly_0_below_and_exactly_1_above_2_40():
 def test_the_probability_of_an_open_gate_is_how_often_draws_are_not_0():
     gate, draws = gate_of(LOG_ALPHA.astype(np.float32)), 40_000
     uniform_NH = uniform(jax.random.key(0), draws * len(LOG_ALPHA), jnp.float32).reshape(draws, -1)
-    often_H = np.asarray((jax.vmap(gate.drawn)(uniform_NH) != 0).mean(axis=0))
+    often_H = np.asarray(jax.jit(jax.vmap(gate.drawn))(uniform_NH) != 0).mean(axis=0)
     probability_H = np.asarray(gate.open_probability())
     # Five standard errors of a mean of so many draws.
     assert (np.abs(often_H - probability_H) <= 5 * np.sqrt(probability_H * (1 - probability_H) / draws) + 1e-5).all()
@@ -59,9 +59,10 @@ def test_gradients_are_those_of_finite_differences_in_float64(what):
             found = {"drawn": lambda: gate.drawn(u), "evaluated": gate, "open_probability": gate.open_probability}
             return found[what]()
 
-        slopes = jax.vmap(jax.grad(lambda a, i: value(a)[i]), (None, 0))(log_alpha, jnp.arange(4)).diagonal()
         step = 1e-6
-        central = (value(log_alpha + step) - value(log_alpha - step)) / (2 * step)
+        slopes = jax.jit(jax.vmap(jax.grad(lambda a, i: value(a)[i]), (None, 0)))(log_alpha, jnp.arange(4)).diagonal()
+        ends = [np.asarray(jax.jit(value)(np.asarray(log_alpha) + h)) for h in (step, -step)]
+        central = (ends[0] - ends[1]) / (2 * step)
     assert (np.abs(central) > 1e-3).all()
     # Tolerance: central differences are off by step ** 2 and by rounding, 1e-16 / step.
     np.testing.assert_allclose(slopes, central, rtol=1e-7)
@@ -70,7 +71,7 @@ def test_gradients_are_those_of_finite_differences_in_float64(what):
 def test_dropped_heads_leave_a_sum_of_H_and_a_mean_of_1_less_all_dropped():
     heads, rate, examples = 3, 0.4, 30_000
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(examples))
-    factor_BH = np.asarray(drop_heads(keys_B, heads, rate))
+    factor_BH = np.asarray(jax.jit(lambda keys_B: drop_heads(keys_B, heads, rate))(keys_B))
     sums_B = factor_BH.sum(axis=1)
     np.testing.assert_allclose(sums_B[sums_B > 0], heads, rtol=1e-6)
     np.testing.assert_allclose((factor_BH == 0).mean(axis=0), rate, atol=0.015)
@@ -80,15 +81,16 @@ def test_dropped_heads_leave_a_sum_of_H_and_a_mean_of_1_less_all_dropped():
 @pytest.mark.parametrize("kind", ["scalar", "hard_concrete"])
 def test_a_learned_gate_of_0_is_zeroed_rows_of_out(kind):
     layer = MultiHeadAttention(11, 3, qk_dim=2, v_dim=5, rngs=nnx.Rngs(0))
-    x_BTD = jax.random.normal(jax.random.key(0), (2, 7, 11))
+    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 11)), jnp.float32)
+    run = nnx.jit(lambda layer: layer(x_BTD))  # op by op, each shape would wait for dozens of compilations
     gate = make_gate(kind, 3, 5.0, jnp.float32)
     param = gate.log_alpha if isinstance(gate, HardConcreteGate) else gate.scale
     param[...] = jnp.asarray([1.0, 0.0, 1.0] if kind == "scalar" else [5.0, -5.0, 5.0])
     layer.learned_gate = gate
-    gated = layer(x_BTD)
+    gated = run(layer)
     layer.gate = Gate(jnp.ones((2, 3)))  # as it is while a step drops heads of each example
-    np.testing.assert_array_equal(layer(x_BTD), gated)
+    np.testing.assert_array_equal(run(layer), gated)
     layer.gate = Gate(jnp.ones(3))
     layer.learned_gate = None
     layer.out.kernel[...] = layer.out.kernel[...].at[1].set(0)
-    np.testing.assert_array_equal(gated, layer(x_BTD))
+    np.testing.assert_array_equal(gated, run(layer))

@@ -14,7 +14,8 @@ B, T, K, V = 2, 131, 5, 3
 
 def arrays(heads=4, groups=2, queries=T, keys=T):
     shapes = (B, queries, heads, K), (B, keys, groups, K), (B, keys, groups, V)
-    return [2 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(2 * rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,14 @@ def arrays(heads=4, groups=2, queries=T, keys=T):
 )
 def test_statistics_are_those_of_the_matrix(rule, keys):
     q, k, v = arrays(keys=keys)
-    o, found = jax.jit(lambda q, k, v: attend_with_statistics(q, k, v, rule))(q, k, v)
-    w = np.asarray(attention_weights(q, k, rule), np.float64)
+
+    @jax.jit
+    def program(q, k, v):
+        known = attention_weights(q, k, rule), attend(q, k, v, rule, backend="einsum")
+        return attend_with_statistics(q, k, v, rule), known
+
+    (o, found), (w, attended) = jax.device_get(program(q, k, v))
+    w = w.astype(np.float64)
     t, s = np.arange(T)[:, None], np.arange(keys)[None, :]
     expected = {
         "entropy": -(w * np.log(np.where(w > 0, w, 1))).sum(-1),
@@ -43,24 +50,32 @@ def test_statistics_are_those_of_the_matrix(rule, keys):
         np.testing.assert_allclose(
             getattr(found, name), value.swapaxes(1, 2), atol=1e-4 if name == "distance" else 1e-5
         )
-    np.testing.assert_allclose(o, attend(q, k, v, rule, backend="einsum"), atol=1e-5)
+    np.testing.assert_allclose(o, attended, atol=1e-5)
 
 
 def test_weights_of_chosen_heads_and_examples_are_those_of_the_whole():
     q, k, v = arrays(queries=7, keys=11)
     rule = PerHead(Full(), Padding(jnp.array([3, 8])), Causal(), Causal(2))
-    whole = attention_weights(q, k, rule, scale=0.7, head_to_group=(1, 0, 1, 1))
-    part = attention_weights(q, k, rule, scale=0.7, head_to_group=(1, 0, 1, 1), heads=(3, 1), examples=(1,))
-    np.testing.assert_allclose(part, whole[1:, np.array([3, 1])], atol=1e-6)
-    o = jnp.einsum("bhts,bshv->bthv", whole, v[:, :, np.array([1, 0, 1, 1])])
-    np.testing.assert_allclose(o, attend(q, k, v, rule, scale=0.7, head_to_group=(1, 0, 1, 1)), atol=1e-5)
+
+    @jax.jit
+    def program(q, k, v):
+        options = {"scale": 0.7, "head_to_group": (1, 0, 1, 1)}
+        part = attention_weights(q, k, rule, **options, heads=(3, 1), examples=(1,))
+        return attention_weights(q, k, rule, **options), part, attend(q, k, v, rule, **options)
+
+    whole, part, attended = map(np.asarray, program(q, k, v))
+    np.testing.assert_allclose(part, whole[1:, [3, 1]], atol=1e-6)
+    o = np.einsum("bhts,bshv->bthv", whole, np.asarray(v)[:, :, [1, 0, 1, 1]])
+    np.testing.assert_allclose(o, attended, atol=1e-5)
 
 
 def test_query_that_sees_nothing_has_weights_and_statistics_of_zero():
     q, k, v = arrays()
-    _, found = attend_with_statistics(q, k, v, Causal(-1))
-    assert not any(np.asarray(value)[:, 0].any() for value in found)
-    assert not attention_weights(q, k, Causal(-1))[:, :, 0].any()
+    rule = Causal(-1)
+    program = jax.jit(lambda q, k, v: (attend_with_statistics(q, k, v, rule)[1], attention_weights(q, k, rule)))
+    found, weights = jax.device_get(program(q, k, v))
+    assert not any(value[:, 0].any() for value in found)
+    assert not weights[:, :, 0].any()
 
 
 def test_matrix_of_a_long_sequence_is_never_made():
