@@ -1,5 +1,7 @@
 """The benchmark of ablation at a tiny size: all ways do the same work."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -63,8 +65,16 @@ def test_the_table_has_a_row_a_way():
 
 
 @pytest.mark.slow
-def test_every_way_is_timed_and_their_losses_agree():
+def test_every_way_is_timed_and_their_losses_agree(monkeypatch):
+    started = []
+
+    def run(command, check):
+        started.append((*command[:2], check))
+        exec(command[2], {})  # here, where all is imported and compiled
+
+    monkeypatch.setattr(ablation.subprocess, "run", run)
     found = ablation.measure(TINY)
+    assert started == [(sys.executable, "-c", True)] * 2
     assert found["heads"] == 6
     assert {name: len(values) for name, values in found["seconds"].items()} == {ablation.OURS: 2, ablation.LOOP: 2}
     assert found["difference"] < 1e-5
