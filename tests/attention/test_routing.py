@@ -14,13 +14,21 @@ from mha_jax.specs import HeadShape, RoutingSpec, UserError
 
 B, T, D, H, K, V = 2, 7, 11, 5, 4, 3
 KEY = jax.random.key(9)
-X = jax.random.normal(jax.random.key(0), (B, T, D))
+X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
 MOH = RoutingSpec(kind="moh", shared=2, top_k=2)
 KINDS = {
     "moh": MOH,
     "moh, nothing shared": RoutingSpec(kind="moh", top_k=3),
     "moa": RoutingSpec(kind="moa", top_k=2),
 }
+
+
+gathered = nnx.jit(gathered_attention, static_argnums=3)
+
+
+@nnx.jit  # op by op, each new shape would wait for dozens of compilations
+def run(module, *args, **kwargs):
+    return module(*args, **kwargs)
 
 
 def layer(routing, **options):
@@ -48,9 +56,10 @@ def test_the_gate_is_the_papers_and_is_above_0_for_the_heads_in_use_only(name):
     spec = KINDS[name]
     router = layer(spec).router
     assert router is not None
-    route = router(X)
+    route = jax.device_get(run(router, X))
+    kernel = np.asarray(router.kernel[...])
     for b, t in np.ndindex(B, T):
-        wanted = expected_gate(spec, router.kernel[...], X[b, t])
+        wanted = expected_gate(spec, kernel, np.asarray(X)[b, t])
         # Tolerance: float32 softmaxes differ by a few 1e-7; a factor left out shows at 1e-1.
         np.testing.assert_allclose(route.gate_BTH[b, t], wanted, atol=2e-6)
     assert ((route.gate_BTH > 0).sum(-1) == spec.active).all()
@@ -61,7 +70,7 @@ def test_of_equal_heads_the_first_are_chosen():
     router = layer(MOH).router
     assert router is not None
     router.kernel[...] = jnp.zeros_like(router.kernel[...])
-    np.testing.assert_array_equal(router(X).chosen_BTE[0, 0], [True, True, False])
+    np.testing.assert_array_equal(run(router, X).chosen_BTE[0, 0], [True, True, False])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -70,13 +79,13 @@ def test_a_routed_layer_is_the_plain_one_with_the_routers_gate(name):
     if KINDS[name].kind == "moa":
         plain = MultiHeadAttention(D, H, 1, K, V, rngs=nnx.Rngs(3))
     assert routed.router is not None
-    gate = routed.router(X).gate_BTH
+    gate = run(routed.router, X).gate_BTH
     # The same seed draws the same matrices with and without a router, so the outputs are the same numbers.
-    np.testing.assert_array_equal(routed(X, visibility=Causal()), plain(X, visibility=Causal(), gate=gate))
-    half = jnp.arange(H) / H
+    np.testing.assert_array_equal(run(routed, X, visibility=Causal()), run(plain, X, visibility=Causal(), gate=gate))
+    half = np.arange(H, dtype=np.float32) / H
     np.testing.assert_allclose(
-        routed(X, visibility=Causal(), gate=half),
-        plain(X, visibility=Causal(), gate=gate * half.reshape(1, 1, H)),
+        run(routed, X, visibility=Causal(), gate=half),
+        run(plain, X, visibility=Causal(), gate=np.asarray(gate) * half),
         atol=1e-6,
     )
 
@@ -91,27 +100,36 @@ def test_gradients_of_the_router_are_those_of_differences():
             gate = nnx.merge(graph, jax.tree.map(lambda _: kernel, state))(x).gate_BTH
             return jnp.sum(jnp.sin(gate * jnp.arange(1.0, H + 1).reshape(1, 1, H)))
 
-        direction, step = jax.random.normal(KEY, kernel.shape, jnp.float64), 1e-6
+        direction, step = np.random.default_rng(9).normal(size=kernel.shape), 1e-6
         difference = (loss(kernel + step * direction) - loss(kernel - step * direction)) / (2 * step)
         # Tolerance: central differences err by step**2 and rounding / step, 1e-9 here.
-        np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(kernel), direction), difference, rtol=1e-6)
+        np.testing.assert_allclose(np.vdot(jax.jit(jax.grad(loss))(kernel), direction), difference, rtol=1e-6)
 
 
 def test_a_single_chosen_moa_head_has_factor_1_and_still_teaches_its_router():
     graph, state = nnx.split(
         Router(RoutingSpec(kind="moa"), D, HeadShape.resolve(D, H, 1, K, V), key=KEY, param_dtype=jnp.float32)
     )
-    gates = lambda state: nnx.merge(graph, state)(X).gate_BTH  # noqa: E731
-    np.testing.assert_allclose(gates(state).max(-1), 1)
-    slope = jax.grad(lambda state: jnp.sum(gates(state) * jnp.arange(H).reshape(1, 1, H)))(state)
+
+    def weighted(state):
+        gate = nnx.merge(graph, state)(X).gate_BTH
+        return jnp.sum(gate * jnp.arange(H).reshape(1, 1, H)), gate
+
+    slope, gate = jax.jit(jax.grad(weighted, has_aux=True))(state)
+    np.testing.assert_allclose(np.asarray(gate).max(-1), 1)
     assert float(jnp.abs(jax.tree.leaves(slope)[0]).max()) > 1e-2
 
 
 def test_routes_are_collected_in_order_and_only_where_asked_for():
     first, second = layer(MOH), layer(KINDS["moa"])
-    first(X)
-    with routes() as found:
-        second(first(X))
+
+    def call(x):
+        first(x)
+        with routes() as found:
+            second(first(x))
+        return found
+
+    found = jax.eval_shape(call, X)
     assert [route.scores_BTE.shape[-1] for route in found] == [3, 5]
 
 
@@ -119,9 +137,9 @@ def test_routes_are_collected_in_order_and_only_where_asked_for():
 @pytest.mark.parametrize("name", KINDS)
 def test_gathered_heads_are_the_gated_ones_where_all_fit(name):
     module = layer(KINDS[name])
-    y, left_out = gathered_attention(module, X, Causal(), T)
+    y, left_out = gathered(module, X, Causal(), T)
     # Tolerance: the same sums in another order, of numbers near 1.
-    np.testing.assert_allclose(y, module(X, visibility=Causal()), atol=2e-6)
+    np.testing.assert_allclose(y, run(module, X, visibility=Causal()), atol=2e-6)
     assert float(left_out) == 0
 
 
@@ -129,12 +147,12 @@ def test_gathered_heads_are_the_gated_ones_where_all_fit(name):
 def test_gathering_leaves_out_the_last_uses_beyond_the_capacity():
     module = layer(KINDS["moa"])
     assert module.router is not None
-    used = np.asarray(module.router(X).chosen_BTE).sum(axis=1)
-    y, left_out = gathered_attention(module, X, Causal(), 2)
+    used = np.asarray(run(module.router, X).chosen_BTE).sum(axis=1)
+    y, left_out = gathered(module, X, Causal(), 2)
     assert float(left_out) == pytest.approx(np.maximum(used - 2, 0).sum() / used.sum())
     # What earlier tokens get does not depend on later ones.
-    shorter, _ = gathered_attention(module, X[:, :4], Causal(), 2)
-    np.testing.assert_allclose(y[:, :4], shorter, atol=2e-6)
+    shorter, _ = gathered(module, X[:, :4], Causal(), 2)
+    np.testing.assert_allclose(np.asarray(y)[:, :4], shorter, atol=2e-6)
 
 
 @pytest.mark.parametrize(
