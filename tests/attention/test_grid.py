@@ -151,8 +151,7 @@ def check_all(cell: Cell, backends: Iterable[str], seed: int) -> list[str]:
 
 
 GRID = cells(CELLS)
-# The whole grid (MHA_JAX_GRID=1) takes a quarter of an hour on two cores: else each eighth cell runs, or as many as
-# the variable says.
+# The whole grid (MHA_JAX_GRID=1) takes eight times as long: else each eighth cell runs, or as many as it says.
 RUN = range(0, CELLS, int(os.environ.get("MHA_JAX_GRID", "8")))
 
 
