@@ -31,7 +31,8 @@ def test_token_losses_are_cross_entropies_with_the_smoothed_target():
     "task", ["lm", *(pytest.param(t, marks=pytest.mark.slow) for t in ("translation", "classification", "masked_lm"))]
 )
 def test_a_tiny_model_memorises_one_batch(task):
-    spec = tiny.run(task, optimizer__learning_rate=2e-2, optimizer__schedule="constant", model__d_ff=40)
+    rate = {"optimizer__learning_rate": 2e-2, "optimizer__schedule": "constant"}
+    spec = tiny.run(task, model__d_ff=40, model__num_layers=1, **rate)
     batch = tiny.batches(spec, 1)[0]
     state, losses = init_state(spec), []
     step = jax.jit(functools.partial(train_step, spec))
@@ -67,7 +68,7 @@ def test_a_seed_alone_takes_the_bits_that_it_takes_among_others(optimised):
 
 @pytest.mark.slow
 def test_positions_of_weight_0_do_not_count():
-    spec = tiny.run("translation", seeds=(0,))
+    spec = tiny.run("translation", seeds=(0,), model__num_layers=1)
     batch = tiny.batches(spec, 1)[0]
     hidden = batch["weights"] == 0
     assert hidden.any()
