@@ -1,13 +1,12 @@
-"""The verb `roles` from a trained run to its files, and what it refuses."""
+"""The verb `roles` from a run to its files, and what it refuses."""
 
 import json
 
 import pytest
-from etils import epath
 
 from experiments import heads
-from mha_jax.sweeps.store import RunDirectory
-from tests.training.test_loop import text_config, train
+from tests.end_to_end.test_heads_importance import create
+from tests.training.test_loop import TEXT
 
 SENTENCE = """\
 # newdoc
@@ -21,28 +20,28 @@ LONG = "1\tinterminability\t_\tNOUN\t_\t_\t0\troot\t_\t_\n\n"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two seeds, where a sweep would put it, with its data prepared."""
+def run(tmp_path_factory):
+    """A run of two seeds, where a sweep would put it."""
     folder = tmp_path_factory.mktemp("roles")
-    config = text_config(folder, data__validation_fraction=0.3, data__data_dir=str(folder / "cache"))
-    RunDirectory.create(epath.Path(folder / "runs" / "tiny"), config)
-    assert train(folder, "runs/tiny", config)[0] == "done"
+    (folder / "corpus.txt").write_text(TEXT * 3)
+    data = {"data__files__train": str(folder / "corpus.txt"), "data__validation_fraction": 0.3}
+    made = create(folder / "runs" / "tiny", "lm", **data)
     (folder / "bank.conllu").write_text("".join(SENTENCE.format(n=n) for n in range(50)) + "# sent_id = long\n" + LONG)
     (folder / "mentions.tsv").write_text("".join(f"s{n}\t1\t1\te\ns{n}\t3\t3\te\n" for n in range(50)))
-    return folder / "runs" / "tiny"
+    return made
 
 
 @pytest.mark.slow
-def test_files_and_page_of_a_trained_run(trained, script):
-    bank, mentions = trained.parents[1] / "bank.conllu", trained.parents[1] / "mentions.tsv"
-    flags = (f"--run={trained}", f"--treebank={bank}", "--max_examples=200")
+def test_files_and_page_of_a_run(run, script):
+    bank, mentions = run.parents[1] / "bank.conllu", run.parents[1] / "mentions.tsv"
+    flags = (f"--run={run}", f"--treebank={bank}", "--max_examples=200")
     ended = script(heads.main, "roles", *flags, f"--coreference={bank}")
     assert ended.code == 0, ended.err
-    names = {path.name for path in (trained / "heads").iterdir()}
+    names = {path.name for path in (run / "heads").iterdir()}
     assert names == {"index.html", "relations.csv", "relations.svg", "relations.png", "coreference.csv"} | {
         f"roles.{form}" for form in ("json", "csv", "svg", "png")
     }
-    told = json.loads((trained / "heads" / "roles.json").read_text())
+    told = json.loads((run / "heads" / "roles.json").read_text())
     assert told["seeds"].keys() == {"0", "1"} and told["left_out"][str(bank)] == ["long"]
     assert "1 sentences have more than 13 pieces and are left out: long" in ended.out
     one = told["seeds"]["0"]
@@ -55,10 +54,10 @@ def test_files_and_page_of_a_trained_run(trained, script):
     assert {row["kind"] for row in one["coreference"]} == {"all", "pronoun"}
     # The same mentions from lines.
     assert script(heads.main, "roles", *flags, "--seed=0", f"--coreference={mentions}").code == 0
-    again = json.loads((trained / "heads" / "roles.json").read_text())["seeds"]
+    again = json.loads((run / "heads" / "roles.json").read_text())["seeds"]
     assert again.keys() == {"0"} and again["0"]["coreference"] == one["coreference"]
-    assert "no seed 7" in script(heads.main, "roles", f"--run={trained}", "--seed=7").complaint
-    assert "no split 'night'" in script(heads.main, "roles", f"--run={trained}", "--split=night").complaint
+    assert "no seed 7" in script(heads.main, "roles", f"--run={run}", "--seed=7").complaint
+    assert "no split 'night'" in script(heads.main, "roles", f"--run={run}", "--split=night").complaint
 
 
 @pytest.mark.parametrize(

@@ -1,43 +1,41 @@
-"""The verb `redundancy` from a trained run to its files, and what it refuses."""
+"""The verb `redundancy` from a run to its files, and what it refuses."""
 
 import json
 import shutil
 
 import pytest
-from etils import epath
 
 from experiments import heads
-from mha_jax.sweeps.store import RunDirectory
-from tests.training.test_loop import text_config, train
+from tests.end_to_end.test_heads_importance import create
+from tests.training.test_loop import TEXT
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two seeds, where a sweep would put it, with its data prepared."""
+def run(tmp_path_factory):
+    """A run of two seeds, where a sweep would put it."""
     folder = tmp_path_factory.mktemp("redundancy")
-    config = text_config(folder, data__validation_fraction=0.3, data__data_dir=str(folder / "cache"))
-    RunDirectory.create(epath.Path(folder / "runs" / "tiny"), config)
-    assert train(folder, "runs/tiny", config)[0] == "done"
-    return folder / "runs" / "tiny"
+    (folder / "corpus.txt").write_text(TEXT * 3)
+    data = {"data__files__train": str(folder / "corpus.txt"), "data__validation_fraction": 0.3}
+    return create(folder / "runs" / "tiny", "lm", **data)
 
 
 @pytest.mark.slow
-def test_files_and_page_of_a_trained_run_and_another_on_the_same_data(trained, script):
-    other = trained.parent / "other"
-    shutil.copytree(trained, other)
-    ended = script(heads.main, "redundancy", f"--run={trained}", f"--other={other}", "--batches=2", "--measure=cka")
+def test_files_and_page_of_a_run_and_another_on_the_same_data(run, script):
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    ended = script(heads.main, "redundancy", f"--run={run}", f"--other={other}", "--batches=2", "--measure=cka")
     assert ended.code == 0, ended.err
-    names = {path.name for path in (trained / "heads").iterdir()}
+    names = {path.name for path in (run / "heads").iterdir()}
     assert names == {"index.html"} | {f"redundancy.{form}" for form in ("json", "csv", "svg", "png")}
-    told = json.loads((trained / "heads" / "redundancy.json").read_text())
+    told = json.loads((run / "heads" / "redundancy.json").read_text())
     models = {one["between"][1]: one["matching"] for one in told["matchings"] if one["between"][0] == "seed 0"}
     assert set(models) == {"seed 1", "other seed 0"}
     assert models["other seed 0"]["matched"] == pytest.approx(1, abs=1e-4)
     assert all(one == another for one, another in models["other seed 0"]["pairs"])
     assert models["seed 1"]["matched"] < 0.99
     assert told["suggestions"] and f"most alike by {told['found_by']}" in ended.out
-    assert "no seed 7" in script(heads.main, "redundancy", f"--run={trained}", "--seed=7").complaint
-    assert "no split 'night'" in script(heads.main, "redundancy", f"--run={trained}", "--split=night").complaint
+    assert "no seed 7" in script(heads.main, "redundancy", f"--run={run}", "--seed=7").complaint
+    assert "no split 'night'" in script(heads.main, "redundancy", f"--run={run}", "--split=night").complaint
 
 
 @pytest.mark.parametrize(
