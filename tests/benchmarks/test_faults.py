@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import random
 import shutil
+import signal
+import subprocess
 
 import pytest
 
@@ -11,7 +14,8 @@ from mha_jax.specs import UserError
 from mha_jax.sweeps import grid
 from mha_jax.sweeps.store import SweepDirectory
 
-SMALL = faults.Setting(kills=3, cells=2, steps=40, checkpoint_every=6, eval_every=15)
+# The first kill is of a cell while it trains, the second of the driver at any moment.
+SMALL = faults.Setting(kills=2, cells=2, steps=40, checkpoint_every=10, eval_every=15, seed=8)
 
 
 @pytest.fixture
@@ -60,11 +64,23 @@ def test_an_odd_number_of_cells_is_refused():
         faults.Setting(cells=3)
 
 
+def test_everybody_is_asked_to_stop_where_all_are_hit(tmp_path, monkeypatch):
+    driver, cell = processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    monkeypatch.setattr(faults.Sweep, "processes", lambda sweep: {cell.pid: []})
+    try:
+        sweep = faults.Sweep(tmp_path, tmp_path / "faults.py", driver=driver)
+        assert faults._strike(sweep, faults.ALL, random.Random(0)) == {"training": 1}
+        assert [process.wait(10) for process in processes] == [-signal.SIGTERM] * 2
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_change_no_result():
     result = faults.measure(SMALL)
     assert not any(result["differences"].values())
-    assert len(result["kills"]) == 3 and result["counts"]["values compared"] > 100
+    assert len(result["kills"]) == 2 and result["counts"]["values compared"] > 100
     assert [row["state"] for row in result["rows"]] == ["done", "done"]
     text = faults.table({**result, "setting": dataclasses.asdict(SMALL)})
     assert "- values of metrics.jsonl that differ: 0" in text and "starts of the driver" in text
