@@ -87,7 +87,7 @@ def optimised():
     [
         ("lm", {"seeds": (0, 1, 2)}),
         ("lm", {"model__dtype": "bfloat16", "model__activation": "swiglu", "data__batch_size": 32}),
-        ("translation", {"model__norm": "post"}),
+        ("translation", {"model__norm": "post", "model__num_layers": 1}),
     ],
     ids=["three seeds", "tiles", "translation"],
 )

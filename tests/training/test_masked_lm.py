@@ -29,6 +29,8 @@ BERT: dict[str, Any] = {
     "model__use_bias": True,
     "model__scale_embedding": False,
     "optimizer__learning_rate": 5e-3,
+    "mesh__data": 1,
+    "model__num_layers": 1,
     "model__d_model": 32,
     "model__d_ff": 64,
     "model__max_length": 32,

@@ -10,6 +10,7 @@ from mha_jax.training.parallel import make_program
 from mha_jax.training.step import evaluate_step, init_state, train_step
 from tests import tiny
 
+DEVICES = {"model__dtype": "float64", "model__num_layers": 1}
 MOH = {"model__routing__kind": "moh", "model__routing__shared": 1, "model__routing__top_k": 2}
 SPANS = {"model__adaptive_span__max_span": 9, "model__adaptive_span__ramp": 3, "model__adaptive_span__init": 0.5}
 STRONG = {"model__routing__balance_weight": 1.0, "model__routing__z_weight": 0.1, "model__adaptive_span__weight": 0.1}
@@ -31,7 +32,7 @@ def trained(spec, devices, steps=3):
 
 @functools.cache
 def on_one_device():
-    return trained(tiny.run("lm", model__dtype="float64", **MOH, **SPANS, **STRONG), 1)
+    return trained(tiny.run("lm", **DEVICES, **MOH, **SPANS, **STRONG), 1)
 
 
 @pytest.mark.slow
@@ -40,7 +41,7 @@ def test_eight_devices_equal_one_in_float64(layout):
     # Tolerance: float64 rounding after 3 Adam steps; a shard that balances by its own tokens shows at 1e-4.
     with jax.enable_x64(True):
         expected, metrics = on_one_device()
-        spread = tiny.run("lm", model__dtype="float64", **MOH, **SPANS, **STRONG, **LAYOUTS[layout])
+        spread = tiny.run("lm", **DEVICES, **MOH, **SPANS, **STRONG, **LAYOUTS[layout])
         params, told = trained(spread, 8)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-9), params, expected)
     for one, other in zip(metrics, told, strict=True):
