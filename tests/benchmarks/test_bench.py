@@ -9,7 +9,7 @@ from mha_jax.benchmarks import attention, plots, tables
 from mha_jax.specs import UserError
 
 TINY = {
-    "attention": ["--heads=1,3", "--batch_size=4", "--length=14", "--d_model=12", "--matmul_size=16", "--devices=2"],
+    "attention": ["--heads=3", "--batch_size=4", "--length=14", "--d_model=12", "--matmul_size=16", "--devices=2"],
     "sparse": ["--lengths=16,32,64", "--fit_from=16", "--rules=dense,window", "--num_heads=2", "--d_model=6"],
     "decode": ["--heads=4", "--num_kv_heads=1,4", "--lengths=7", "--d_model=12", "--batch_size=4", "--devices=2"],
     "memory": ["--length=23", "--num_heads=3", "--d_model=12"],

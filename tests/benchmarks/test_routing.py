@@ -26,14 +26,21 @@ def test_more_heads_in_use_than_there_are_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["moh", "moa"])
-def test_it_prints_a_table_and_writes_json(kind, tmp_path, capsys):
+@pytest.mark.parametrize(("kind", "active"), [("moh", [3, 1]), ("moa", [3])], ids=["moh", "moa"])
+def test_it_prints_a_table_and_writes_json(kind, active, tmp_path, capsys):
     out = tmp_path / "routing.json"
-    sizes = ["--num_heads=4", "--active=3,1", "--d_model=8", "--length=16", "--batch_size=2", "--rounds=2"]
+    sizes = [
+        "--num_heads=4",
+        f"--active={','.join(map(str, active))}",
+        "--d_model=8",
+        "--length=16",
+        "--batch_size=2",
+        "--rounds=2",
+    ]
     assert bench.main(["bench", "routing", f"--kind={kind}", f"--out={out}", *sizes]) == 0
     assert "heads in use" in capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
-    assert [row["active"] for row in rows] == [3, 1]
+    assert [row["active"] for row in rows] == active
     for row in rows:
         assert set(row["ms"]) == {"all heads", "gated", "gathered", "so few heads"}
         assert 0 <= row["left_out"] < 1 and row["flops"]["gathered"] < 1
