@@ -60,8 +60,10 @@ def training_cell(workdir, least=0):
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_its_table_and_running_it_again_trains_nothing(script, small, tmp_path):
-    ended = script(sweep.main, *small, f"--workdir={tmp_path}")
+def test_a_sweep_gives_its_table_trains_nothing_again_and_its_cell_is_a_run_alone(script, small, tmp_path):
+    numbers = {"training.steps": 10, "training.eval_every": 7, "training.log_every": 2}
+    flags = [*small, *(f"--config.{name}={value}" for name, value in numbers.items())]
+    ended = script(sweep.main, *flags, f"--workdir={tmp_path}")
     assert ended.code == 0, ended.out + ended.err
     runs = SweepDirectory(tmp_path).runs
     assert [run.state for run in runs] == ["done", "done"]
@@ -78,8 +80,15 @@ def test_a_sweep_gives_its_table_and_running_it_again_trains_nothing(script, sma
     ]
     assert all(float(row["validation/loss"]) > 0 for row in results)
     before = [run.status for run in runs]
-    assert script(sweep.main, *small, f"--workdir={tmp_path}").code == 0
+    assert script(sweep.main, *flags, f"--workdir={tmp_path}").code == 0
     assert [run.status for run in runs] == before
+
+    ended = script(train.main, *flags, "--config.model.num_heads=1", f"--workdir={tmp_path / 'alone'}", "--noprogress")
+    assert ended.code == 0, ended.err
+    (alone,) = SweepDirectory(tmp_path / "alone").runs
+    # Its name tells every flag, where the cell tells what the sweep sets: the hash is the same.
+    assert alone.run_id[-8:] == runs[0].run_id[-8:]
+    assert rows(alone) == rows(runs[0])
 
 
 @pytest.mark.slow
@@ -111,19 +120,6 @@ def test_sigterm_saves_the_state_and_a_run_goes_on(script, long, tmp_path):
     assert Checkpoints(stopped.path / "checkpoints", keep_last=2).steps()[-1] == reached
     assert script(train.main, f"--run={stopped.path}", "--noprogress").code == 0
     assert stopped.status["attempts"] == 2
-
-
-@pytest.mark.slow
-def test_one_run_equals_its_cell_in_a_sweep(script, long, tmp_path):
-    flags = [*long, "--config.training.steps=10"]
-    assert script(sweep.main, *flags, f"--workdir={tmp_path / 'sweep'}").code == 0
-    alone = script(train.main, *flags, "--config.model.num_heads=1", f"--workdir={tmp_path / 'alone'}", "--noprogress")
-    assert alone.code == 0, alone.err
-    (run,) = SweepDirectory(tmp_path / "alone").runs
-    cell = SweepDirectory(tmp_path / "sweep").runs[0]
-    # Its name tells every flag, where the cell tells what the sweep sets: the hash is the same.
-    assert run.run_id[-8:] == cell.run_id[-8:]
-    assert rows(run) == rows(cell)
 
 
 @pytest.mark.slow
