@@ -1,18 +1,18 @@
-"""The verb `atlas` from a trained run to its page, and what it refuses."""
+"""The verb `atlas` from a run to its page, and what it refuses."""
 
 import pytest
-from etils import epath
 
 from experiments import heads
 from mha_jax.sweeps.store import RunDirectory, write_json
-from tests.training.test_loop import text_config, train
+from tests.end_to_end.test_heads_importance import create
+from tests.training.test_loop import TEXT
 
 
 @pytest.mark.slow
-def test_atlas_of_a_trained_run_has_its_heads_and_what_other_verbs_found(script, tmp_path):
-    config = text_config(tmp_path, data__validation_fraction=0.3, data__data_dir=str(tmp_path / "cache"))
-    run = RunDirectory.create(epath.Path(tmp_path / "runs" / "tiny"), config)
-    assert train(tmp_path, "runs/tiny", config)[0] == "done"
+def test_atlas_of_a_run_has_its_heads_and_what_other_verbs_found(script, tmp_path):
+    (tmp_path / "corpus.txt").write_text(TEXT * 3)
+    data = {"data__files__train": str(tmp_path / "corpus.txt"), "data__validation_fraction": 0.3}
+    run = RunDirectory(create(tmp_path / "runs" / "tiny", "lm", **data))
     count = run.config["model"]["num_heads"]
     own = {"heads": count, "role": ["induction"] * count, "roles": [["induction"]] * count, "scores": {}}
     one = {"attentions": {"decoder/0/attention": own}, "relations": [], "coreference": []}
