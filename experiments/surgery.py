@@ -134,7 +134,7 @@ def make_child(
         "parameters": {"before": cost.parameters(opened.run), "after": cost.parameters(run)},
         "validation": {
             "before": validation(opened, one_seed(opened.run, seed), child_state(opened, seed)),
-            "after": validation(opened, run, made[1]),
+            "after": validation(opened, one_seed(run, seed), made[1]),
         },
     }
     code = run_cell(directory, progress=values.progress)

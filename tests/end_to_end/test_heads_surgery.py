@@ -17,7 +17,7 @@ from tests.end_to_end.conftest import _CACHE_SETTINGS
 
 FLAGS = {
     "model.num_heads": 4, "model.num_kv_heads": 2, "model.num_layers": 2, "training.steps": 4, "training.eval_every": 4,
-    "training.checkpoint_every": 2, "training.average_last": 2, "data.source": "text",
+    "training.checkpoint_every": 2, "training.average_last": 2, "data.source": "text", "mesh.data": 2,
 }  # fmt: skip
 
 
