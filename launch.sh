@@ -28,7 +28,7 @@ case "${1-}" in
     ;;
   test)
     install requirements.txt requirements-test.txt
-    exec .venv/bin/python -m pytest -n 2 "${@:2}"
+    exec .venv/bin/python -m pytest -n 2 --dist worksteal "${@:2}"
     ;;
   sweep)
     install requirements.txt
