@@ -198,6 +198,7 @@ def test_pairs_that_are_all_too_long_are_refused(tmp_path):
         load(spec, "translation", tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_multi30k_is_read_in_buckets(tmp_path, multi30k):
     names = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
     files = {split: (str(multi30k / f"{n}.en.gz"), str(multi30k / f"{n}.de.gz")) for split, n in names.items()}

@@ -78,6 +78,7 @@ def _open(spec, cache, queue):
     queue.put(open_tokens(spec, "lm", cache).facts["sha256"])
 
 
+@pytest.mark.slow
 def test_two_processes_preparing_at_once_agree(text_spec, tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

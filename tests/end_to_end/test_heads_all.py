@@ -25,6 +25,7 @@ def sweep(tmp_path):
     return write_sweep(tmp_path / "sweep", "configs/voita2019.py:multi30k", {0: [1.6, 1.7, 1.8], 1: [1.5, 1.6, 1.7]})
 
 
+@pytest.mark.slow
 def test_verbs_run_on_finished_runs_and_not_twice_by_the_same_flags(script, calls, sweep):
     given = ["all", f"--workdir={sweep.path}", "--verbs=importance", "--give=redundancy --batches=2"]
     assert script(heads.main, *given).code == 0
@@ -65,6 +66,7 @@ def test_what_cannot_be_run_is_told_and_the_rest_goes_on(script, calls, sweep, m
     assert [call[0] for call in calls] == ["redundancy"] * 2
 
 
+@pytest.mark.slow
 def test_table_is_printed_and_in_the_report(script, sweep):
     run = next(run for run in sweep.runs if run.state == "done")
     roles = {"attentions": {"decoder/0/attention": {"role": ["sink", None]}}}

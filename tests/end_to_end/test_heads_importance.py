@@ -97,6 +97,7 @@ def test_one_table_of_every_kind_of_attention_for_every_seed(script, pair_run):
         assert (pair_run / "heads" / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_chosen_seed_measure_and_attention_are_all_that_is_written(script, text_run):
     ended = call(script, text_run, "--seed=1", "--measures=norm,query_norm", "--layers=decoder/1/attention")
     assert ended.code == 0, ended.err

@@ -28,6 +28,7 @@ def second(model):
     return numbered([BATCH], model, BYTES, "validation", [1])[0]
 
 
+@pytest.mark.slow
 def test_an_example_has_the_tokens_of_its_row_without_padding(second):
     assert second.name == "validation 1"
     assert second.tokens["encoder"] == [chr(4), chr(0), "[end]"]

@@ -21,6 +21,7 @@ def model():
 
 
 @pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.slow
 def test_heads_add_up_to_the_output_of_every_layer(model, dropout):
     batch = BATCHES["translation"]
     keys = jax.random.split(jax.random.key(3), 2) if dropout else None

@@ -2,6 +2,8 @@
 
 import subprocess
 
+import pytest
+
 
 def test_a_dry_run_prints_commands_that_a_shell_reads_and_runs_none(cloud):
     ended = cloud.tpu("--type=v5litepod-16", "--spot", "--queued", "--workdir=gs://b/d", "--delete", "--dry_run")
@@ -56,6 +58,7 @@ echo "[2/2] b: done"
 """
 
 
+@pytest.mark.slow
 def test_a_vm_that_is_taken_away_is_made_again_and_the_sweep_goes_on(cloud):
     cloud.set("sweep", TAKEN_AWAY)
     ended = cloud.tpu("--type=v5litepod-8", "--spot", "--workdir=gs://b/d", "--delete")
@@ -68,6 +71,7 @@ def test_a_vm_that_is_taken_away_is_made_again_and_the_sweep_goes_on(cloud):
     assert not (cloud.path / "vm").exists()
 
 
+@pytest.mark.slow
 def test_a_vm_of_somebody_else_is_used_and_never_deleted(cloud):
     cloud.set("faults", 'mkdir -p "$CLOUD/home/mha_jax"; cp -rn "$CLOUD/clone/.venv" "$CLOUD/home/mha_jax" || true')
     (cloud.path / "vm").write_text("READY\t\n")
@@ -78,6 +82,7 @@ def test_a_vm_of_somebody_else_is_used_and_never_deleted(cloud):
     assert len(cloud.sweeps()) == 1
 
 
+@pytest.mark.slow
 def test_a_lost_connection_neither_ends_the_sweep_nor_prints_a_line_twice(cloud):
     cloud.set("sweep", 'echo one; until [ -f "$CLOUD/cut" ]; do sleep 0.05; done; echo two')
     cloud.set(
@@ -106,6 +111,7 @@ def test_a_refused_quota_ends_with_its_reason(cloud):
     assert cloud.verbs() == ["tpu-vm create"]
 
 
+@pytest.mark.slow
 def test_no_capacity_and_the_queue_are_waited_for(cloud):
     cloud.set(
         "faults",
@@ -128,6 +134,7 @@ def test_no_capacity_and_the_queue_are_waited_for(cloud):
     assert cloud.verbs() == [*["queued-resources create"] * 2, "tpu-vm scp", "queued-resources delete"]
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_the_sweep_is_ours(cloud):
     cloud.set("sweep", "echo 'error: planted' >&2; exit 2")
     ended = cloud.tpu("--type=v4-8", "--workdir=gs://b/d")
@@ -136,6 +143,7 @@ def test_the_exit_code_of_the_sweep_is_ours(cloud):
     assert len(cloud.sweeps()) == 1
 
 
+@pytest.mark.slow
 def test_a_vm_is_deleted_where_the_sweep_ended_before_it_had_results_and_kept_where_they_do_not_come(cloud):
     cloud.set("sweep", "echo 'error: planted' >&2; exit 2")
     ended = cloud.tpu("--type=v4-8", "--delete")

@@ -78,6 +78,7 @@ def test_an_output_table_of_its_own_is_read(tmp_path: Path):
     assert difference(model_of(checkpoint), sizes, files.arrays(sizes), tokens_T) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_logits_of_stories260k_are_those_of_the_forward_pass(stories: llama2c.Llama2c, golden_ids: np.ndarray):
     sizes = tuple(stories.sizes[name] for name in llama2c.FIELDS)
     assert difference(model_of(stories), sizes, stories.arrays, golden_ids[:61]) < TOLERANCE

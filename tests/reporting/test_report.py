@@ -49,6 +49,7 @@ def test_everything_is_written_and_the_page_stands_alone(make_sweep):
     assert "3 queued" in text and "A single head is worse than 8" in text and "nrefs:1|case:mixed" in text
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(make_sweep):
     sweep = make_sweep(DEFAULT, {0: [1.6, 1.7, 1.8], 3: [1.5, 1.6, 1.7]})
     once = {file.name: file.read_bytes() for file in build_report(sweep.path).parent.iterdir()}

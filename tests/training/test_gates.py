@@ -66,6 +66,7 @@ def stepped():
     return run
 
 
+@pytest.mark.slow
 def test_heads_go_on_schedule_and_importance_is_kept_in_the_state(stepped):
     spec, _, state, _ = stepped(**PRUNED)
     one = jax.tree.map(lambda leaf: leaf[0], (state["params"], state["constants"]))

@@ -46,6 +46,7 @@ def test_one_that_stands_still_is_asked_for_its_stacks_then_to_stop_and_then_kil
     assert patience.hung == "hung at step 7: nothing went on for 40 s"
 
 
+@pytest.mark.slow
 def test_a_cell_that_hangs_is_tried_once_more_and_its_stacks_are_kept(config_file, cell_command, tmp_path):
     config = grid.load(config_file, {"mesh.data": 1, "name": "hangs"}).config
     run = RunDirectory.create(tmp_path / "w" / "runs" / "hangs", config)

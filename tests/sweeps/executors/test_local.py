@@ -76,12 +76,14 @@ def test_every_cell_runs_once_and_what_is_done_is_skipped(cells, cell_command):
     assert trace(directories[0]) == ["a from 0", "b from 0"]
 
 
+@pytest.mark.slow
 def test_workers_run_at_once(cells, cell_command):
     directories = cells("slow", "a")
     assert local.run(alone(directories), workers=2, command=cell_command) == Exit.DONE
     assert directories[1].status["finished"] < directories[0].status["finished"]
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_tried_twice_and_the_others_finish(cells, cell_command):
     directories = cells("broken", "a")
     said = []
@@ -144,6 +146,7 @@ def test_a_pack_is_trained_in_one_process_and_what_fails_in_it_once_more_by_itse
     assert said[-1] == "[3/3] broken: failed: RuntimeError: planted"
 
 
+@pytest.mark.slow
 def test_a_pack_that_dies_twice_is_taken_apart(cells, cell_command):
     directories = cells("a", "greedy")
     said = []

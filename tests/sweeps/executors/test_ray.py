@@ -118,6 +118,7 @@ def test_a_lost_node_is_no_attempt_of_the_run(played, cells):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_lost_again_and_again_fails_with_the_reason(played, cells):
     from ray.exceptions import WorkerCrashedError
 
@@ -129,6 +130,7 @@ def test_a_run_that_is_lost_again_and_again_fails_with_the_reason(played, cells)
     assert directories[0].state == "failed" and (directories[0].path / "error.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_that_hangs_on_a_node_is_ended_as_patience_wants_it(cells, cell_command):
     (directory,) = cells("hangs")
     assert executor._train(list(cell_command), [str(directory.path)], None, 1.5) == Exit.FAILED
