@@ -110,6 +110,11 @@ class _Cell:
         x, cotangent = (jnp.asarray(array, self.dtype) for array in (self.x, self.cotangent))
         return program(layer, self.mode, params, x, cotangent, devices)
 
+    @functools.cached_property
+    def params(self) -> Any:
+        """Of our layer, which all peers are given."""
+        return our_layer(self.setting.d_model, self.num_heads, "einsum", self.dtype)[1]
+
     def enter_ours(self) -> None:
         for backend in ("auto", *BACKENDS):
 
@@ -124,7 +129,6 @@ class _Cell:
 
     def enter_jax_peers(self) -> None:
         """The peers on all devices as ours, and on a single one."""
-        _, params = our_layer(self.setting.d_model, self.num_heads, "einsum", self.dtype)
         layers = {
             "jax.nn": jax_nn_layer(None),
             "flax.nnx": flax_layer(self.setting.d_model, self.num_heads, self.dtype),
@@ -134,7 +138,7 @@ class _Cell:
         layouts = {"": self.devices} | ({" on one device": self.devices[:1]} if len(self.devices) > 1 else {})
         for name, layer in layers.items():
             for where, devices in layouts.items():
-                self.enter(name + where, functools.partial(self.compile, layer, params, devices), Exception)
+                self.enter(name + where, functools.partial(self.compile, layer, self.params, devices), Exception)
 
     def enter_floor(self) -> None:
         run = language_model(
@@ -148,8 +152,7 @@ class _Cell:
     def enter_torch(self, device: str) -> None:
         from mha_jax.benchmarks import peers_torch
 
-        _, params = our_layer(self.setting.d_model, self.num_heads, "einsum", self.dtype)
-        arguments = self.mode, params, self.x, self.cotangent, self.dtype, device
+        arguments = self.mode, self.params, self.x, self.cotangent, self.dtype, device
         for core in peers_torch.cores(device):
             self.enter(core, functools.partial(peers_torch.layer_program, core, *arguments), Exception)
 

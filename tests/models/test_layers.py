@@ -82,13 +82,13 @@ def test_what_is_computed_again_gives_the_loss_and_gradients_of_plain_layers(rem
 @pytest.mark.parametrize(
     ("task", "remat", "model"),
     [
-        ("lm", "none", HALF_WITHOUT_HEADS),
+        ("lm", "none", {"model__num_layers": 3, "model__num_heads": (3, 3, 1)}),
         ("lm", "attention", HALF_WITHOUT_HEADS),
         ("classification", "dots", {"model__num_layers": 2, "model__positions": "rope"}),
         ("translation", "block", {"model__num_layers": 2, "model__norm": "post"}),
     ],
 )
-def test_scans_in_a_row_read_memories_padding_and_layers_without_heads(task, remat, model):
+def test_scans_beside_others_and_alone_read_memories_padding_and_layers_without_heads(task, remat, model):
     assert_like_plain_layers(task, "scan", remat, model)
 
 
